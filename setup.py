@@ -1,0 +1,77 @@
+"""Maps the top-level folders into one namespace package, ``palimpsest``.
+
+``models/`` is ``palimpsest.models``, ``kernels/`` is ``palimpsest.kernels`` and so on: the folders keep
+short names in a checkout, and an installed copy never occupies a bare ``models`` or ``train``.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOMS = ("models", "kernels", "train", "eval", "configs")
+HERE = Path(__file__).parent
+
+
+def packages() -> list[str]:
+    """Every package of every room, under its installed name."""
+    found = []
+    for room in ROOMS:
+        found.append(f"palimpsest.{room}")
+        found += [f"palimpsest.{room}.{name}" for name in find_packages(str(HERE / room))]
+    return found
+
+
+DOORS = {
+    "palimpsest-train": "palimpsest.train.__main__:main",
+    "palimpsest-data": "palimpsest.train.data:main",
+    "palimpsest-eval": "palimpsest.eval.__main__:main",
+    "palimpsest-generate": "palimpsest.eval.generate:main",
+    "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
+}
+
+EXTRAS = {
+    "data": ["tokenizers>=0.20", "pyarrow>=15", "zstandard>=0.22", "datasets>=3.0"],
+    "hf": ["transformers>=4.48"],
+    "plot": ["matplotlib>=3.8"],
+    "flash": ["flash-attn>=2.6"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff>=0.8",
+        "mypy>=1.11",
+        "types-PyYAML",
+        "build>=1.2",
+        "setuptools>=77",
+        "wheel",
+        "matplotlib>=3.8",
+        "tokenizers>=0.20",
+        "pyarrow>=15",
+        "zstandard>=0.22",
+    ],
+}
+
+setup(
+    name="palimpsest",
+    version="0.1.0",
+    description="Memory-augmented sequence models on hand-written Triton kernels",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=packages(),
+    package_dir={f"palimpsest.{room}": room for room in ROOMS},
+    package_data={"palimpsest.configs": ["*.yaml", "**/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "einops>=0.8",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": [f"{name}={target}" for name, target in DOORS.items()]},
+)
