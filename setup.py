@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ROOMS = ("models", "kernels", "train", "eval", "configs")
+ROOMS = ("kernels", "models", "train", "eval", "configs")
 HERE = Path(__file__).parent
 
 
@@ -29,32 +29,32 @@ DOORS = {
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
 }
 
+DATA = ["pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]
+PLOT = ["matplotlib>=3.8"]
+TOOLS = [
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "pytest-xdist>=3.5",
+    "pytest>=8",
+    "ruff>=0.8",
+    "setuptools>=77",
+    "types-PyYAML",
+    "wheel",
+]
 EXTRAS = {
-    "data": ["tokenizers>=0.20", "pyarrow>=15", "zstandard>=0.22", "datasets>=3.0"],
-    "hf": ["transformers>=4.48"],
-    "plot": ["matplotlib>=3.8"],
-    "flash": ["flash-attn>=2.6"],
-    "dev": [
-        "pytest>=8",
-        "pytest-xdist>=3.5",
-        "ruff>=0.8",
-        "mypy>=1.11",
-        "types-PyYAML",
-        "build>=1.2",
-        "setuptools>=77",
-        "wheel",
-        "matplotlib>=3.8",
-        "tokenizers>=0.20",
-        "pyarrow>=15",
-        "zstandard>=0.22",
-    ],
+    "data": DATA,
+    "hf": ["datasets>=3.0", "transformers>=4.48"],
+    "plot": PLOT,
+    "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
+    "dev": TOOLS + DATA + PLOT,
 }
 
 setup(
     name="palimpsest",
     version="0.1.0",
-    description="Memory-augmented sequence models on hand-written Triton kernels",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    description="Memory-augmented sequence models: test-time learned memories, and one small loop to pretrain them",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
