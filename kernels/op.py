@@ -1,6 +1,7 @@
 """How an operation is registered: its implementations by backend, and its cost from shapes alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,18 @@ def flop_formula(operator: Any, formula: Callable[..., int]) -> None:
     register_flop_formula(operator)(formula)
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd inside the body of a registered operator, where the dispatcher leaves it out."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
 def replay(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
@@ -67,10 +80,8 @@ def replay(
     For the backward of a registered operator, whose forward kept its inputs and nothing else. Outputs with no incoming
     gradient are left out; an input that no output depends on gets zeros, and one that is None or integral gets None.
     """
-    with torch.enable_grad():
-        leaves = [
-            x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs
-        ]
+    with recording():
+        leaves = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
         outputs = function(*leaves)
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
         wanted = [x for x in leaves if x is not None and x.requires_grad]

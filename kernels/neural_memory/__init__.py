@@ -1,0 +1,231 @@
+"""Neural memory: a network per head whose weights are written, token by token, by gradient descent at test time.
+
+    g_t = ∇_W ℓ(M(k_t; W_anchor), v_t)      anchor: the weights at the start of t's chunk
+    S_t = η_t S_{t-1} − θ_t g_t
+    W_t = a_t W_{t-1} + S_t
+    o_t = M(q_t; W_t)                       (or W_{t-1}: ``spec.read_after_write``)
+
+Source: Titans (Behrouz et al., 2024), eqs. 8-15; the chunked form after TTT (Sun et al., 2024).
+"""
+
+import torch
+from torch import Tensor
+
+from .. import check
+from ..op import register
+from . import reference
+from .cost import cost
+from .operator import neural_memory_op
+from .spec import LAYER_NORM_EPS, MemorySpec
+from .state import fresh_state, pack_state, state_names
+
+__all__ = ["LAYER_NORM_EPS", "MemorySpec", "neural_memory", "neural_memory_read", "neural_memory_state"]
+
+
+def neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    log_retain: Tensor | None = None,
+    log_momentum: Tensor | None = None,
+    *,
+    weights: list[Tensor],
+    spec: MemorySpec,
+    norm: Tensor | None = None,
+    state: dict[str, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Write (k_t → v_t) and read with q_t, causally, for every token; the recurrence at the top of this module.
+
+    The scale of ℓ (½‖·‖² for l2) is part of θ. Everything is differentiable, second-order terms included.
+
+    Args:
+        q: queries [B, T, H, D], float16, bfloat16, float32 or float64.
+        k: keys [B, T, H, D], dtype of q.
+        v: values [B, T, H, D_v], dtype of q; D_v = D where the network has a residual.
+        step: θ ≥ 0, the step size, [B, T, H], float32 (float64 with float64 q).
+        log_retain: log a ≤ 0, [B, T, H]; None exactly when ``spec.retention`` is "none". Finite.
+        log_momentum: log η ≤ 0, [B, T, H]; None exactly when ``spec.rule`` is "gd". Finite.
+        weights: W_0 of each layer, [H, in, out] (``spec.weight_shapes``), shared by all rows. With a ``state`` only
+            their shapes matter.
+        spec: the network, inner loss and learning rule.
+        norm: the LayerNorm's scale [H, D_v] when ``spec.norm``, else None.
+        state: where an earlier call ended (``return_state``), N rows; N = B, or the number of packed sequences.
+            Its chunk, if unfinished, goes on.
+        cu_seqlens: int32 [N + 1] borders of packed sequences, B = 1. Each starts afresh or from its row of ``state``.
+        return_state: also return the state after the last token.
+        backend: "reference" or "torch"; see :mod:`palimpsest.kernels.backend`.
+
+    Returns:
+        o [B, T, H, D_v] in v's dtype, and the state (``weights.i``, ``momentum.i``, ``anchor.i`` [N, H, in, out] in
+        float32, ``position`` int32 [N]) or None.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or combination, naming the argument.
+    """
+    _check(q, k, v, step, log_retain, log_momentum, weights, spec, norm, state, cu_seqlens)
+    run = OPERATION.choose(q.device, backend)
+    o, final = run(
+        q,
+        k,
+        v,
+        step,
+        log_retain,
+        log_momentum,
+        weights=weights,
+        spec=spec,
+        norm=norm,
+        state=state,
+        cu_seqlens=cu_seqlens,
+    )
+    return o, final if return_state else None
+
+
+def neural_memory_state(weights: list[Tensor], rows: int, spec: MemorySpec) -> dict[str, Tensor]:
+    """The state of ``rows`` rows before their first token: W = anchor = W_0, S = 0, position 0.
+
+    Args:
+        weights: W_0 of each layer [H, in, out].
+        rows: N.
+        spec: the memory; ``momentum.i`` is there only for the rule "momentum".
+    """
+    kind = check.compute_dtype(weights[0])
+    return fresh_state([w.to(kind) for w in weights], rows, spec)
+
+
+def neural_memory_read(
+    q: Tensor, *, weights: list[Tensor] | dict[str, Tensor], spec: MemorySpec, norm: Tensor | None = None
+) -> Tensor:
+    """M(q; W) without a write.
+
+    Args:
+        q: queries [B, T, H, D].
+        weights: W of each layer, [H, in, out] or one per row [B, H, in, out]; or a state, whose running weights are read.
+        spec: the memory.
+        norm: the LayerNorm's scale [H, D_v] when ``spec.norm``, else None.
+
+    Returns:
+        [B, T, H, D_v] in q's dtype.
+    """
+    if isinstance(weights, dict):
+        weights = [weights[f"weights.{i}"] for i in range(spec.layers)]
+    check.require((norm is not None) == spec.norm, "norm", _presence(norm), f"be {'given' if spec.norm else 'None'}")
+    kind = check.compute_dtype(q)
+    x = q.to(kind).movedim(2, 1)
+    hidden = x
+    for i, weight in enumerate(weights):
+        if i:
+            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+        hidden = hidden @ weight.to(kind)
+    if norm is not None:
+        scale = norm.to(kind).unsqueeze(-2)
+        hidden = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=LAYER_NORM_EPS) * scale
+    return (x + hidden if spec.residual else hidden).movedim(1, 2).to(q.dtype)
+
+
+def _presence(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"a tensor {tuple(tensor.shape)}"
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    log_retain: Tensor | None,
+    log_momentum: Tensor | None,
+    weights: list[Tensor],
+    spec: MemorySpec,
+    norm: Tensor | None,
+    state: dict[str, Tensor] | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check.require(isinstance(spec, MemorySpec), "spec", type(spec).__name__, "be a MemorySpec")
+    check.shape("q", q, [None] * 4, "[B, T, H, D]")
+    check.dtype("q", q, check.FLOATS)
+    b, t, h, d = q.shape
+    kind = check.compute_dtype(q)
+    check.shape("k", k, [b, t, h, d], "[B, T, H, D]")
+    check.shape("v", v, [b, t, h, d if spec.residual else None], "[B, T, H, D_v]")
+    gates = {"step": step, "log_retain": log_retain, "log_momentum": log_momentum}
+    for name, gate, wanted in (
+        ("log_retain", log_retain, spec.retention != "none"),
+        ("log_momentum", log_momentum, spec.has_momentum),
+    ):
+        why = f"retention={spec.retention!r}, rule={spec.rule!r}"
+        check.require(
+            (gate is not None) == wanted, name, _presence(gate), f"be {'given' if wanted else 'None'} for {why}"
+        )
+    for name, gate in gates.items():
+        if gate is not None:
+            check.shape(name, gate, [b, t, h], "[B, T, H]")
+            check.dtype(name, gate, (kind,))
+    for name, x in (("k", k), ("v", v)):
+        check.dtype(name, x, (q.dtype,))
+    _check_weights(weights, norm, spec, h, d, v.shape[-1])
+    check.sequence_borders(cu_seqlens, b, t, q.device)
+    if state is not None:
+        _check_state(state, weights, spec, b if cu_seqlens is None else cu_seqlens.numel() - 1, kind)
+    for name, x in {
+        "k": k,
+        "v": v,
+        **gates,
+        "norm": norm,
+        **{f"weights[{i}]": w for i, w in enumerate(weights)},
+    }.items():
+        if x is not None:
+            check.device(name, x, q.device)
+
+
+def _check_weights(weights: list[Tensor], norm: Tensor | None, spec: MemorySpec, heads: int, d: int, dv: int) -> None:
+    shapes = spec.weight_shapes(heads, d, dv)
+    check.require(len(weights) == len(shapes), "weights", f"{len(weights)} tensors", f"be {len(shapes)}, one per layer")
+    for i, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
+        check.shape(f"weights[{i}]", weight, shape, "[H, in, out]")
+        check.dtype(f"weights[{i}]", weight, check.FLOATS)
+    check.require((norm is not None) == spec.norm, "norm", _presence(norm), f"be {'given' if spec.norm else 'None'}")
+    if norm is not None:
+        check.shape("norm", norm, [heads, dv], "[H, D_v]")
+
+
+def _check_state(
+    state: dict[str, Tensor], weights: list[Tensor], spec: MemorySpec, rows: int, kind: torch.dtype
+) -> None:
+    names = [*state_names(spec), "position"]
+    check.require(set(state) == set(names), "state", f"keys {sorted(state)}", f"have keys {sorted(names)}")
+    for name in names[:-1]:
+        layer = weights[int(name.rsplit(".", 1)[1])]
+        check.shape(f"state[{name!r}]", state[name], [rows, *layer.shape], "[N, H, in, out]")
+        check.dtype(f"state[{name!r}]", state[name], (kind,))
+    check.shape("state['position']", state["position"], [rows], "[N]")
+    check.dtype("state['position']", state["position"], (torch.int32,))
+
+
+def _torch(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, state, cu_seqlens):  # type: ignore[no-untyped-def]
+    names = state_names(spec)
+    held = [] if state is None else [state[name] for name in names]
+    inputs = [q, k, v, step, log_retain, log_momentum, norm, *weights, *held]
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    out = neural_memory_op(
+        q,
+        k,
+        v,
+        step,
+        log_retain,
+        log_momentum,
+        weights,
+        norm,
+        held,
+        None if state is None else state["position"],
+        cu_seqlens,
+        spec.encode(),
+        keep,
+    )
+    final = dict(zip([*names, "position"], out[1 : 2 + len(names)], strict=True))
+    return out[0], final
+
+
+OPERATION = register("neural_memory", cost=cost, reference=reference.neural_memory, torch=_torch)
