@@ -56,7 +56,7 @@ setup(
     description="Memory-augmented sequence models: test-time learned memories, and one small loop to pretrain them",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=packages(),
