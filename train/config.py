@@ -1,0 +1,184 @@
+"""A run's whole configuration: one YAML file with the sections model, data, train and eval."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from ..configs import find_config
+from ..models.config import (
+    ConfigError,
+    Count,
+    ModelConfig,
+    Positive,
+    Strict,
+    apply_overrides,
+    load_yaml,
+    parse_override,
+    validate,
+)
+from .data_config import DataConfig
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class TrainConfig(Strict):
+    """The ``train`` section. Steps are optimizer updates, counted from 1."""
+
+    out: str | None = None
+    """The run folder; null: ``runs/<name>``."""
+    steps: Count = 1000
+    batch_size: Count = 16
+    """Sequences per update, over all processes and micro batches."""
+    micro_batch_size: Count | None = None
+    """Sequences per forward pass in one process; null: the process's whole share of the batch."""
+    seq_len: Count = 512
+    """Tokens per sequence."""
+    lr: Positive = 1e-3
+    min_lr_ratio: Share = 0.1
+    """Where cosine and wsd end, as a share of ``lr``."""
+    warmup_steps: Natural = 100
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_fraction: Share = 0.2
+    """The share of the steps over which wsd decays."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_clip: Positive | None = 1.0
+    """The largest global gradient norm; null: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products under autocast; parameters, gradients and optimizer state stay float32."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    fsdp_shard: Count | None = None
+    """Processes that share one copy of the parameters; null: all. Fewer make a hybrid mesh of replicas."""
+    log_every: Count = 10
+    diagnostics_every: Natural = 100
+    """Steps between diagnostics of the memory layers; 0: none."""
+    validate_every: Natural = 200
+    """Steps between validations; 0: none."""
+    validation_batches: Count = 8
+    checkpoint_every: Natural = 200
+    """Steps between checkpoints, apart from the one at the end; 0: only that one."""
+    keep_last: Count = 2
+    """How many checkpoints stay."""
+    resume: str = "auto"
+    """auto: from the run folder's newest sound checkpoint; never: only in a new folder; else the path of a checkpoint."""
+    max_bad_steps: Count = 5
+    """Consecutive steps with a non-finite loss or gradient, each of them skipped, after which training stops."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+    """CPU threads of this process; null: torch's choice."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"train.warmup_steps was {self.warmup_steps}; it must be at most train.steps = {self.steps}"
+            )
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size was {self.micro_batch_size}; it must divide train.batch_size = {self.batch_size}"
+            )
+        if max(self.betas) >= 1:
+            raise ValueError(f"train.betas was {list(self.betas)}; both must be less than 1")
+        if self.fsdp_shard is not None and self.parallel != "fsdp":
+            raise ValueError(f"train.fsdp_shard was {self.fsdp_shard}; it must be null unless train.parallel is fsdp")
+        return self
+
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """(micro batches, sequences in each) of one process per update.
+
+        Raises:
+            ConfigError: when the batch does not divide evenly; names the keys.
+        """
+        if self.batch_size % processes:
+            raise ConfigError(
+                f"train.batch_size was {self.batch_size}; it must be a multiple of the {processes} processes"
+            )
+        share = self.batch_size // processes
+        size = self.micro_batch_size or share
+        if share % size:
+            raise ConfigError(
+                f"train.micro_batch_size was {size}; it must divide train.batch_size / processes = "
+                f"{self.batch_size} / {processes} = {share}"
+            )
+        return share // size, size
+
+
+class EvalConfig(Strict):
+    """The ``eval`` section: what ``palimpsest.eval`` measures on a finished run."""
+
+    max_length_factor: Count = 8
+    """Held-out loss by position, up to this many times the training length."""
+    budget_bytes: Count = 1_000_000
+    """Held-out bytes read at each length."""
+    prompt: str = "def "
+    """Where the run's sample text starts."""
+
+
+class RunConfig(Strict):
+    """The record of a run: everything needed to do it again."""
+
+    name: Annotated[str, Field(min_length=1)]
+    seed: Natural = 0
+    """Fixes the initial weights and every batch."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.train.out or f"runs/{self.name}")
+
+    def plain(self) -> dict[str, Any]:
+        """Every key with its value, as JSON and YAML can hold them."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The text of a config file with every key resolved."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+
+FREE = frozenset(
+    {
+        f"train.{key}"
+        for key in ("out", "resume", "device", "threads", "compile", "activation_checkpointing", "parallel")
+    }
+    | {f"train.{key}" for key in ("fsdp_shard", "micro_batch_size", "log_every", "diagnostics_every", "tensorboard")}
+    | {f"train.{key}" for key in ("validate_every", "validation_batches", "checkpoint_every", "keep_last")}
+    | {"train.max_bad_steps", "data.folder", "name"}
+)
+"""Keys that may change between two starts of one run, with all of ``eval``: they say how and where, not what is learnt."""
+
+
+def read_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The validated configuration in a YAML file (or a mapping), with ``{"train.lr": 1e-3}`` on top.
+
+    A path that does not exist is looked for among the configs that come with the package.
+
+    Raises:
+        ConfigError: naming each faulty key, its place, what it was and what it must be.
+        FileNotFoundError: when there is no such file.
+    """
+    content = source if isinstance(source, Mapping) else load_yaml(find_config(source))
+    content = apply_overrides(content, overrides or {})
+    if not isinstance(source, Mapping):
+        content.setdefault("name", Path(source).stem)
+    return validate(RunConfig, content)
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """``["train.lr=1e-3"]`` to ``{"train.lr": 0.001}``; of a key given twice the last stands."""
+    return dict(parse_override(item) for item in items)
