@@ -29,7 +29,7 @@ DOORS = {
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
 }
 
-DATA = ["pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]
+READERS = ["pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]
 PLOT = ["matplotlib>=3.8"]
 TOOLS = [
     "build>=1.2",
@@ -43,11 +43,11 @@ TOOLS = [
     "wheel",
 ]
 EXTRAS = {
-    "data": DATA,
-    "hf": ["datasets>=3.0", "transformers>=4.48"],
+    "data": [*READERS, "datasets>=3.0"],
+    "hf": ["transformers>=4.48"],
     "plot": PLOT,
     "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
-    "dev": TOOLS + DATA + PLOT,
+    "dev": TOOLS + READERS + PLOT,
 }
 
 setup(
