@@ -1,0 +1,242 @@
+"""A split of a tokenised corpus, and the batches that are read from it.
+
+The tokens of a split are a ring of R tokens: each document is a separator followed by its text, and after the last
+document comes the first one's separator. A window is T consecutive tokens, its targets the T tokens one later, so every
+target is a real token of the corpus: at a document's end it is the separator that opens the next.
+
+Training reads W = R // T windows an epoch, in a pseudo-random order that is a bijection of 0..W-1 computed per index (a
+Feistel network with cycle walking: nothing is shuffled in memory), from a starting point in the ring that is drawn anew
+each epoch, so that window borders move; the R mod T tokens left over are others each time. Validation reads the same
+windows in order from the start, always.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sources import DataError
+from .tokenizer import Tokenizer
+
+IGNORE = -100
+"""A target that no loss counts."""
+
+_MASK = 2**64 - 1
+_ROUNDS = 8
+_Word = TypeVar("_Word", int, np.ndarray)
+
+
+def mix64(word: _Word) -> _Word:
+    """A bijection of 64-bit words that scatters them: splitmix64's finaliser (Steele, Lea & Flood 2014)."""
+    word = (word + 0x9E3779B97F4A7C15) & _MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+    return word ^ (word >> 31)
+
+
+def derive(*parts: int) -> int:
+    """A 64-bit key from a sequence of integers, in which the order counts."""
+    key = 0
+    for part in parts:
+        key = mix64(key ^ mix64(part & _MASK))
+    return key
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where ``index`` goes in the pseudo-random permutation of 0..size-1 that ``key`` names; O(1) memory in ``size``.
+
+    A balanced Feistel network over the smallest even number of bits that holds ``size``; a value that falls outside is
+    sent through again until it falls inside (cycle walking, Black & Rogaway 2002), which keeps the map a bijection.
+
+    Args:
+        index: integers in [0, size), any shape. size: 1 or more. key: a 64-bit word.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = 2**half - 1
+    keys = [derive(key, turn) for turn in range(_ROUNDS)]
+    result = np.asarray(index).astype(np.uint64)
+    outside = np.ones(result.shape, dtype=bool)
+    while outside.any():
+        word = result[outside]
+        left, right = word >> half, word & low
+        for round_key in keys:
+            left, right = right, left ^ (mix64(right ^ round_key) & low)
+        result[outside] = (left << half) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+class Batch(NamedTuple):
+    """What a model is trained on at once.
+
+    tokens and targets are int64, [rows, seq_len], or [1, rows * seq_len] with ``cu_seqlens`` int32 [N + 1] when
+    documents are packed. A target is the token after its token, or -100 where there is nothing to learn.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on a device."""
+        return Batch(*(part if part is None else part.to(device, non_blocking=non_blocking) for part in self))
+
+
+class Split:
+    """Tokens for training or for validation, memory-mapped, and their windows.
+
+    Args:
+        name: ``train`` or ``validation``.
+        shards: one-dimensional arrays of unsigned integers; all but the last have the same length.
+        offsets: int64 [documents + 1], where each document begins (its separator), and the number of tokens.
+        byte_count: bytes of all the documents' text. table_bytes: the same by ``tokenizer.bytes_per_token``.
+        packed: whether windows of this split are cut at document borders (``cu_seqlens``).
+        where: the corpus' folder, for messages.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[np.ndarray],
+        offsets: np.ndarray,
+        tokenizer: Tokenizer,
+        *,
+        byte_count: int,
+        table_bytes: int,
+        packed: bool = False,
+        where: str = "memory",
+    ) -> None:
+        self.name, self.tokenizer, self.packed, self.where = name, tokenizer, packed, where
+        self.shards, self.offsets = list(shards), offsets
+        self.tokens = sum(len(shard) for shard in self.shards)
+        self.documents = len(offsets) - 1
+        self.bytes, self.table_bytes = byte_count, table_bytes
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean bytes of text per token, separators counted as tokens; exact for every tokenizer."""
+        return self.bytes / self.tokens
+
+    def bytes_of(self, tokens: Tensor) -> Tensor:
+        """As ``tokenizer.bytes_per_token``, scaled so that the sum over this split is its exact number of bytes."""
+        return self.tokenizer.bytes_per_token(tokens) * (self.bytes / self.table_bytes)
+
+    def windows(self, seq_len: int) -> int:
+        """The number of windows of ``seq_len`` tokens in an epoch.
+
+        Raises:
+            ValueError: when ``seq_len`` is not positive.
+            DataError: when the split is too short for one window and its targets.
+        """
+        if seq_len < 1:
+            raise ValueError(f"seq_len was {seq_len}; it must be at least 1")
+        if self.tokens < seq_len + 1:
+            remedy = " or data.validation_fraction larger" if self.name == "validation" else ""
+            raise DataError(
+                f"train.seq_len was {seq_len}, but the {self.name} split of the corpus in {self.where} has "
+                f"{self.tokens} tokens; seq_len must be at most {max(self.tokens - 1, 0)}, or the corpus longer{remedy}"
+            )
+        return self.tokens // seq_len
+
+    def batches(self, *, batch_size: int, seq_len: int) -> int:
+        """The number of batches in an epoch, a last one that is not full counted."""
+        return -(-self.windows(seq_len) // batch_size)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """``length`` tokens of the ring from position ``start``, int64."""
+        out = np.empty(length, dtype=np.int64)
+        self._read_into(out, start)
+        return out
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document, its separator first, int64.
+
+        Raises:
+            IndexError: when there is no such document.
+        """
+        if not 0 <= index < self.documents:
+            raise IndexError(f"document was {index}; the {self.name} split has {self.documents}")
+        start, stop = (int(offset) for offset in self.offsets[index : index + 2])
+        return self.read(start, stop - start)
+
+    def _read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill ``out`` from the ring, a slice per shard that it touches."""
+        per_shard = len(self.shards[0])
+        done = 0
+        while done < len(out):
+            shard, place = divmod((start + done) % self.tokens, per_shard)
+            piece = self.shards[shard][place : place + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int, *, seed: int, batch_size: int, seq_len: int, rows: range | None = None) -> Batch:
+        """The global batch at a step, or some of its rows: a pure function of (seed, step) and the shape.
+
+        Args:
+            step: 0, 1, 2, …; batch ``step`` is windows ``step * batch_size`` to ``(step + 1) * batch_size - 1`` of the
+                endless sequence of epochs. Resuming needs this integer and nothing else.
+            seed: names the order; unused by a validation split.
+            batch_size: rows of the global batch, whatever the number of ranks.
+            seq_len: tokens per row.
+            rows: the rows of the global batch to read, those of a rank or of a micro-batch; None for all.
+
+        Raises:
+            ValueError: for a negative step, or rows outside of the batch.
+            DataError: when the split is too short for one window.
+        """
+        if step < 0 or batch_size < 1:
+            raise ValueError(f"step was {step} and batch_size {batch_size}; they must be at least 0 and 1")
+        rows = range(batch_size) if rows is None else rows
+        if len(rows) == 0 or min(rows) < 0 or max(rows) >= batch_size:
+            raise ValueError(f"rows was {rows}; it must be rows of a batch of {batch_size}, and not empty")
+        return self.rows([step * batch_size + row for row in rows], seed=seed, seq_len=seq_len)
+
+    def rows(self, numbers: Sequence[int], *, seed: int, seq_len: int) -> Batch:
+        """The windows with some numbers in the endless sequence of epochs; see ``batch``.
+
+        Validation windows past the end of the split have no targets (all -100), so that every batch has one shape and
+        a sum over batches counts each token once.
+        """
+        starts, beyond = self._starts(np.asarray(numbers, dtype=np.int64), seed, seq_len)
+        window = np.empty((len(starts), seq_len + 1), dtype=np.int64)
+        for row, start in zip(window, starts.tolist(), strict=True):
+            self._read_into(row, start)
+        tokens = torch.from_numpy(window[:, :-1].copy())
+        targets = torch.from_numpy(window[:, 1:].copy())
+        if beyond.any():
+            targets[torch.from_numpy(beyond)] = IGNORE
+        if not self.packed:
+            return Batch(tokens, targets)
+        return Batch(tokens.view(1, -1), targets.view(1, -1), self._borders(starts, seq_len))
+
+    def _starts(self, numbers: np.ndarray, seed: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where windows begin in the ring, int64, and which of them are beyond the end (validation only)."""
+        count = self.windows(seq_len)
+        epochs, places = np.divmod(numbers, count)
+        if self.name == "validation":
+            return places * seq_len, epochs > 0
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            order = permute(places[here], count, derive(seed, epoch, 0))
+            places[here] = (order * seq_len + derive(seed, epoch, 1) % self.tokens) % self.tokens
+        return places, np.zeros(len(numbers), dtype=bool)
+
+    def _borders(self, starts: np.ndarray, seq_len: int) -> Tensor:
+        """``cu_seqlens`` of windows laid end to end: a border at each window's start and each document's start."""
+        borders = []
+        for row, start in enumerate(starts.tolist()):
+            inside = [np.zeros(1, dtype=np.int64)]
+            for turn in (0, self.tokens):  # the ring's end may lie inside of the window
+                first, last = np.searchsorted(self.offsets, (start + 1 - turn, start + seq_len - turn))
+                inside.append(self.offsets[first : min(last, self.documents)] + (turn - start))
+            borders.append(row * seq_len + np.concatenate(inside))
+        borders.append(np.array([len(starts) * seq_len]))
+        return torch.from_numpy(np.concatenate(borders).astype(np.int32))
