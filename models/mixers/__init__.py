@@ -1,1 +1,28 @@
+"""Token mixers, by the ``kind`` of their configuration."""
 
+from collections.abc import Callable
+from typing import Any
+
+from ..config import MixerConfig, ModelConfig
+from .attention import Attention
+from .mac import MemoryAsContext
+from .mag import MemoryAsGate
+from .mal import MemoryAsLayer
+from .mixer import LayerState, Mixer
+from .neural_memory import MemoryLayer
+
+__all__ = ["MIXERS", "LayerState", "Mixer", "make_mixer"]
+
+MIXERS: dict[str, Callable[[ModelConfig, Any], Mixer]] = {
+    "attention": lambda model, mixer: Attention(model, mixer, None, mixer.persistent),
+    "window_attention": lambda model, mixer: Attention(model, mixer, mixer.window, mixer.persistent),
+    "neural_memory": lambda model, mixer: MemoryLayer(model, mixer.memory),
+    "titans_mac": MemoryAsContext,
+    "titans_mag": MemoryAsGate,
+    "titans_mal": MemoryAsLayer,
+}
+
+
+def make_mixer(model: ModelConfig, mixer: MixerConfig) -> Mixer:
+    """A mixer with fresh weights."""
+    return MIXERS[mixer.kind](model, mixer)

@@ -1,0 +1,376 @@
+"""The configuration of a model, validated; and the machinery that every room's configuration shares."""
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from typing_extensions import Self
+
+from ..kernels.neural_memory.spec import MemorySpec
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message has one line per fault, each naming its dotted place."""
+
+
+class Strict(BaseModel):
+    """Base of every configuration section: frozen, unknown keys refused, a boolean never taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_not_numbers(cls, value: Any, info: Any) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)} and bool not in {kind, *get_args(kind)}:
+            raise ValueError("it must be a number")
+        return value
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two repairs: ``1e-3`` is a number (YAML 1.1 asks for ``1.0e-3``), and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise ConfigError(f"{key!r} stands twice in one section, again on line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ConfigError: for text that is not YAML, a repeated key, or a file whose top level is not a mapping.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} held {type(content).__name__} at its top level; it must hold a mapping")
+    return content
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"train.lr=1e-3"`` to ``("train.lr", 0.001)``; the value is read as YAML.
+
+    Raises:
+        ConfigError: without ``=``, with an empty part in the key, or with a value that is not YAML.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not all(key.strip().split(".")):
+        raise ConfigError(f"override was {text!r}; it must be key=value with a dotted key, like train.lr=1e-3")
+    try:
+        return key.strip(), yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"value of override {text!r} is not valid YAML: {error}") from None
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of ``config`` with ``{"a.b": value}`` set at ``config["a"]["b"]``; a number in a key indexes a list.
+
+    A section that is missing is made, so that a mistyped one is reported by validation, with the nearest valid name.
+
+    Raises:
+        ConfigError: when a key goes through something that is not a section, or past a list's end.
+    """
+    result = _copy(config)
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        place: Any = result
+        for done, part in enumerate(path):
+            slot = _slot(place, part, key, ".".join(path[:done]))
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            place = place[slot]
+        place[_slot(place, last, key, ".".join(path))] = _copy(value)
+    return result
+
+
+def _slot(place: Any, part: str, key: str, above: str) -> str | int:
+    if isinstance(place, dict):
+        return part
+    if not isinstance(place, list):
+        raise ConfigError(f"override {key!r}: {above} was {place!r}; it must be a section to have a key {part!r}")
+    if not part.isdigit() or int(part) >= len(place):
+        raise ConfigError(f"override {key!r}: {above} is a list of {len(place)}; {part!r} must be an index into it")
+    return int(part)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# -- validating -------------------------------------------------------------------------------------------------------
+
+
+def validate(section: type[Section], data: Any, place: str = "") -> Section:
+    """``section`` made from ``data``; ``place`` is the dotted name under which ``data`` lies in its file.
+
+    Raises:
+        ConfigError: with a line for each fault: the dotted place, what was there, what must be, and for an unknown
+            key the nearest valid one.
+    """
+    try:
+        return section.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(section, data, place, fault) for fault in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration sections named anywhere inside a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _descend(section: type[BaseModel], location: Iterable[str | int]) -> list[type[BaseModel]]:
+    """The sections that may stand at an error's location, where pydantic mixes keys, list indices and kinds."""
+    found = [section]
+    for part in location:
+        fields = [model.model_fields[part] for model in found if part in model.model_fields]
+        if fields:
+            found = [model for field in fields for model in _models(field.annotation)]
+        else:
+            named = [m for m in found if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+            found = named or found
+    return found
+
+
+def _place(data: Any, prefix: str, location: Iterable[str | int]) -> str:
+    """The location as it is written in the file: without the kinds, and without the index of a lone mixer."""
+    parts, here = [prefix] if prefix else [], data
+    for part in location:
+        listed = isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+        if listed or (isinstance(here, Mapping) and part in here):
+            here = here[part]
+        elif isinstance(here, Mapping) and (part == here.get("kind") or isinstance(part, int)):
+            continue
+        parts.append(str(part))
+    return ".".join(parts) or "the configuration"
+
+
+def _nearest(name: object, valid: Iterable[str]) -> str:
+    valid = sorted(valid)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid here: {', '.join(valid)}"
+
+
+def _explain(section: type[BaseModel], data: Any, prefix: str, fault: ErrorDetails) -> str:
+    location, was = fault["loc"], fault.get("input")
+    if fault["type"] == "extra_forbidden":
+        valid = {name for model in _descend(section, location[:-1]) for name in model.model_fields}
+        above = _place(data, prefix, location[:-1])
+        name, hint = location[-1], _nearest(location[-1], valid)
+        return f"{_place(data, prefix, location)}: unknown key {name!r} in {above}; {hint}"
+    place = _place(data, prefix, location)
+    if fault["type"] == "missing":
+        return f"{place} is missing; it must be given"
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = [str(model.model_fields["kind"].default) for model in _descend(section, location)]
+        was = was.get("kind") if isinstance(was, Mapping) else was
+        return f"{place}.kind was {was!r}; it must be one of {', '.join(kinds)}; {_nearest(was, kinds)}"
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    return message if fault["type"] == "value_error" and " was " in message else f"{place} was {was!r}; {message}"
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class MemoryConfig(Strict):
+    """A neural memory and the layer around it (Titans, section 4.4). Head width is ``dim // heads``.
+
+    ``depth``, ``norm`` and ``residual``: null takes the network's default (mlp: 2, true, true; linear: 1,
+    false, false).
+    ``step_max`` bounds the effective step of one chunk, sum of theta / (1 - eta), whatever the chunk's length.
+    ``conv`` is the width of the short causal convolution on q, k and v (0: none).
+    """
+
+    heads: Count = 4
+    network: Literal["mlp", "linear"] = "mlp"
+    depth: Count | None = None
+    expansion: Count = 4
+    norm: bool | None = None
+    residual: bool | None = None
+    bias: Literal["l2", "dot"] = "l2"
+    retention: Literal["l2", "none"] = "l2"
+    rule: Literal["momentum", "gd"] = "momentum"
+    chunk_size: Count = 64
+    read_after_write: bool = True
+    conv: Annotated[int, Field(ge=0, le=16)] = 4
+    step_max: Positive = 4.0
+    output_gate: Literal["silu", "none"] = "silu"
+
+    @property
+    def spec(self) -> MemorySpec:
+        """The part of this section that the operation takes."""
+        return MemorySpec(
+            network=self.network,
+            depth=self.depth,
+            expansion=self.expansion,
+            norm=self.norm,
+            residual=self.residual,
+            bias=self.bias,
+            retention=self.retention,
+            rule=self.rule,
+            chunk_size=self.chunk_size,
+            read_after_write=self.read_after_write,
+        )
+
+    @model_validator(mode="after")
+    def _fits_the_operation(self) -> Self:
+        _ = self.spec  # names the field that the operation would refuse
+        return self
+
+
+class Heads(Strict):
+    """Attention heads; ``kv_heads`` (null: as many as heads) divides ``heads``; ``rope`` turns rotary embedding on."""
+
+    heads: Count = 4
+    kv_heads: Count | None = None
+    rope: bool = True
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads was {self.kv_heads}; it must divide heads = {self.heads}")
+        return self
+
+
+class Attention(Heads):
+    """Full causal attention."""
+
+    kind: Literal["attention"] = "attention"
+    persistent: Annotated[int, Field(ge=0)] = 0
+
+
+class WindowAttention(Heads):
+    """Sliding-window attention over the last ``window`` tokens and ``persistent`` learnt tokens."""
+
+    kind: Literal["window_attention"] = "window_attention"
+    window: Count = 256
+    persistent: Annotated[int, Field(ge=0)] = 0
+
+
+class NeuralMemory(Strict):
+    """Titans LMM: the memory layer alone."""
+
+    kind: Literal["neural_memory"] = "neural_memory"
+    memory: MemoryConfig = MemoryConfig()
+
+
+class TitansMAC(Heads):
+    """Titans MAC: memory as context, in segments of ``segment`` tokens (Titans, eqs. 21-25)."""
+
+    kind: Literal["titans_mac"] = "titans_mac"
+    segment: Count = 128
+    persistent: Annotated[int, Field(ge=0)] = 4
+    memory: MemoryConfig = MemoryConfig()
+
+
+class TitansMAG(Heads):
+    """Titans MAG: memory as a gate on sliding-window attention (Titans, eqs. 26-28)."""
+
+    kind: Literal["titans_mag"] = "titans_mag"
+    window: Count = 256
+    persistent: Annotated[int, Field(ge=0)] = 4
+    memory: MemoryConfig = MemoryConfig()
+
+
+class TitansMAL(Heads):
+    """Titans MAL: memory as a layer before sliding-window attention (Titans, eqs. 29-31)."""
+
+    kind: Literal["titans_mal"] = "titans_mal"
+    window: Count = 256
+    persistent: Annotated[int, Field(ge=0)] = 4
+    memory: MemoryConfig = MemoryConfig()
+
+
+MixerConfig = Annotated[
+    Union[Attention, WindowAttention, NeuralMemory, TitansMAC, TitansMAG, TitansMAL],  # noqa: UP007
+    Field(discriminator="kind"),
+]
+
+
+class ModelConfig(Strict):
+    """A language model: ``layers`` blocks of width ``dim``, the mixers cycled over them.
+
+    ``ffn_hidden``: null rounds 8/3 dim up to a multiple of 32, 0 leaves the MLP out. ``softcap`` (null: none) bounds
+    the logits by softcap * tanh(logits / softcap). ``z_loss`` weighs log-sum-exp squared in the training loss.
+    """
+
+    vocab_size: Count
+    dim: Count
+    layers: Count
+    mixer: Annotated[list[MixerConfig], Field(min_length=1)]
+    ffn_hidden: Annotated[int, Field(ge=0)] | None = None
+    norm_eps: Positive = 1e-6
+    tie_embeddings: bool = True
+    rope_base: Positive = 10000.0
+    softcap: Positive | None = None
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    init_std: Positive = 0.02
+
+    @field_validator("mixer", mode="before")
+    @classmethod
+    def _one_mixer_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, Mapping | BaseModel) else value
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        for mixer in self.mixer:
+            memory = getattr(mixer, "memory", None)
+            counts = [("heads", getattr(mixer, "heads", None)), ("memory.heads", memory.heads if memory else None)]
+            for name, heads in counts:
+                if heads is not None and self.dim % heads:
+                    raise ValueError(f"{name} of mixer {mixer.kind} was {heads}; it must divide dim = {self.dim}")
+            if getattr(mixer, "rope", False) and (self.dim // mixer.heads) % 2:  # type: ignore[union-attr]
+                width = self.dim // mixer.heads  # type: ignore[union-attr]
+                raise ValueError(f"head width of mixer {mixer.kind} was {width}; it must be even for rope: true")
+        return self
+
+    @property
+    def hidden(self) -> int:
+        """The width of the MLP; 0 when there is none."""
+        return -(-8 * self.dim // 3 // 32) * 32 if self.ffn_hidden is None else self.ffn_hidden
+
+    @property
+    def residual_std(self) -> float:
+        """Deviation of the maps that write to the residual stream: init_std / sqrt(2 layers) (GPT-2)."""
+        return self.init_std / (2 * self.layers) ** 0.5
+
+    def mixer_of(self, layer: int) -> MixerConfig:
+        """The mixer of a layer."""
+        return self.mixer[layer % len(self.mixer)]

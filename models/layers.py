@@ -1,0 +1,142 @@
+"""The small parts every block is made of: linear maps, norms, the gated MLP, rotary embedding."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import rms_norm
+from ..kernels.packing import document_of
+
+
+class Linear(nn.Linear):
+    """x W without a bias, W ~ N(0, std)."""
+
+    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+        self.std = std
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw W anew."""
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table, W ~ N(0, std)."""
+
+    def __init__(self, rows: int, width: int, std: float) -> None:
+        self.std = std
+        super().__init__(rows, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · w over the last dimension; with ``gate``, times silu(gate)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """w = 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x [..., width] → the same shape and dtype."""
+        return rms_norm(x, self.weight, gate=gate, eps=self.eps)
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W_g) ⊙ x W_u) W_d (Shazeer, 2020); W_g and W_u are one matrix."""
+
+    def __init__(self, dim: int, hidden: int, std: float, out_std: float) -> None:
+        super().__init__()
+        self.gate_up = Linear(dim, 2 * hidden, std)
+        self.down = Linear(hidden, dim, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] → [..., dim]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class PersistentTokens(nn.Module):
+    """Learnt tokens P [N_p, dim] that a layer sees besides its input (Titans, eq. 19), P ~ N(0, 1) as its input is
+    RMS-normalised."""
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(count, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw P anew."""
+        nn.init.normal_(self.tokens)
+
+    def forward(self) -> Tensor:
+        """P [N_p, dim]."""
+        return self.tokens
+
+
+def token_positions(length: int, start: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Place of each token in its own sequence, int64: [1, T], or [B, T] with ``start`` [B].
+
+    With ``cu_seqlens`` [N + 1] the count begins again at every document's border; ``start`` is then [N].
+    """
+    place = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return place[None] if start is None else place + start[:, None].to(place.dtype)
+    document = document_of(cu_seqlens, length)
+    place = place - cu_seqlens[document]
+    return (place if start is None else place + start[document])[None]
+
+
+def rotary_angles(position: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · base^(−2i/width) for i < width/2, each [..., 1, width/2], for heads in between.
+
+    The angle is formed in float64: at position 10⁶ a float32 angle would be wrong by 0.06.
+    """
+    rate = base ** (torch.arange(0, width, 2, device=position.device, dtype=torch.float64) / -width)
+    angle = position[..., None, None] * rate
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _table(length: int, width: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # a table first made for inference must serve training too
+        return rotary_angles(torch.arange(length, device=device)[None], width, base, dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation of the pairs (x_i, x_{i + D/2}); its adjoint is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        return _Rotate.apply(grad, cos, -sin), None, None
+
+
+def rotary(x: Tensor, base: float, start: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of x [B, T, H, D], D even; ``start`` as in :func:`token_positions`.
+
+    Pairs are (x_i, x_{i + D/2}). Computed in float32 (float64 for float64 input), returned in x's dtype.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if start is None and cu_seqlens is None and not torch.compiler.is_compiling():
+        cos, sin = _table(x.shape[1], x.shape[3], base, dtype, x.device)
+    else:
+        position = token_positions(x.shape[1], start, cu_seqlens, x.device)
+        cos, sin = rotary_angles(position, x.shape[3], base, dtype)
+    return _Rotate.apply(x, cos, sin)

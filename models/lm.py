@@ -1,0 +1,280 @@
+"""MemoryLM: embed → blocks → norm → head. One forward for training, prefill and decoding."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..configs import find_config
+from ..kernels import linear_cross_entropy
+from .block import Block
+from .config import ConfigError, ModelConfig, apply_overrides, load_yaml, validate
+from .layers import Embedding, Linear, RMSNorm
+from .mixers import LayerState
+from .state import State
+
+IGNORE = -100
+SCHEMA = 1
+
+
+@dataclass
+class Output:
+    """What a forward gives.
+
+    Without targets ``logits`` [B, T, V]. With targets ``loss`` (mean over the ``valid`` targets, or [B, T] per token),
+    ``loss_sum`` (its sum, to be divided by the valid targets of all micro-batches and ranks) and ``valid`` (their
+    number, an int64 scalar). ``state`` when it was asked for. ``aux``: further losses by name.
+    """
+
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    loss_sum: Tensor | None = None
+    valid: Tensor | None = None
+    state: State | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+class MemoryLM(nn.Module):
+    """A language model from its configuration, with fresh weights.
+
+    It can be made on the meta device, placed with ``to_empty`` and then drawn with :meth:`reset_parameters`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.dim, config.init_std)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, config.init_std)
+        self.fingerprint = fingerprint(config)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, in place: each part draws what it owns itself."""
+        for module in self.modules():
+            if module is not self and callable(getattr(module, "reset_parameters", None)):
+                module.reset_parameters()  # type: ignore[operator]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+        return_state: bool | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Output:
+        """Read tokens.
+
+        Args:
+            tokens: int64 [B, T], values below vocab_size.
+            state: where an earlier call ended; one row per sequence.
+            cu_seqlens: int32 [N + 1], borders of the documents packed into one row (B = 1).
+            targets: int64 [B, T], the token that follows each; −100 is left out of the loss.
+            return_state: None: only without targets.
+            reduction: "mean": ``loss`` is a mean in nats, with the configured z-loss; "none": [B, T] float32, without.
+
+        Raises:
+            ValueError: for a wrong shape, dtype or token, or a state of another model or number of sequences.
+        """
+        self._check(tokens, state, cu_seqlens, targets)
+        keep = targets is None if return_state is None else return_state
+        x, after = self._hidden(tokens, state, cu_seqlens, keep)
+        if targets is None:
+            return Output(logits=self._logits(x), state=after)
+        valid = (targets != IGNORE).sum()
+        loss = self._loss(x, targets, "none" if reduction == "none" else "sum")
+        if reduction == "none":
+            return Output(loss=loss, loss_sum=loss.sum(), valid=valid, state=after)
+        return Output(loss=loss / valid.clamp(min=1), loss_sum=loss, valid=valid, state=after)
+
+    def _hidden(
+        self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, keep: bool
+    ) -> tuple[Tensor, State | None]:
+        x = self.embed(tokens)
+        layers: list[LayerState] = []
+        for i, block in enumerate(self.blocks):
+            x, layer = block(x, None if state is None else state.layers[i], cu_seqlens, keep)
+            layers.append(layer)
+        x = self.norm(x)
+        if not keep:
+            return x, None
+        rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        seen = tokens.new_full((rows,), tokens.shape[1]) if cu_seqlens is None else cu_seqlens.diff().long()
+        return x, State(layers, seen if state is None else state.position + seen, self.fingerprint)
+
+    def _head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = F.linear(x, self._head_weight())
+        cap = self.config.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        weight = self._head_weight()
+        if torch.is_autocast_enabled(x.device.type):  # autocast does not see into a registered operation
+            kind = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(kind), weight.to(kind)
+        z_loss = self.config.z_loss if reduction == "sum" else 0.0
+        return linear_cross_entropy(
+            x, weight, targets, ignore_index=IGNORE, reduction=reduction, z_loss=z_loss, softcap=self.config.softcap
+        )
+
+    def per_token_loss(
+        self, tokens: Tensor, targets: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """−log p of each target in nats, float32 [B, T] (0 where it is −100), and the state after the tokens."""
+        output = self(tokens, state, cu_seqlens, targets, return_state=True, reduction="none")
+        return output.loss, output.state
+
+    def init_state(self, batch: int) -> State:
+        """The state of ``batch`` sequences before their first token."""
+        weight = self.embed.weight
+        layers = [block.mixer.init_state(batch, weight.device, weight.dtype) for block in self.blocks]  # type: ignore[operator,union-attr]
+        return State(layers, torch.zeros(batch, dtype=torch.int64, device=weight.device), self.fingerprint)
+
+    def _check(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, targets: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens was {tokens.dtype} {tuple(tokens.shape)}; it must be torch.int64 [B, T]")
+        if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
+            was = f"{targets.dtype} {tuple(targets.shape)}"
+            raise ValueError(f"targets was {was}; it must be torch.int64 {tuple(tokens.shape)}, like tokens")
+        if cu_seqlens is not None and (tokens.shape[0] != 1 or cu_seqlens.dtype != torch.int32):
+            was = f"{cu_seqlens.dtype} with B = {tokens.shape[0]}"
+            raise ValueError(f"cu_seqlens was {was}; it must be torch.int32 with B = 1")
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"tokens ran from {low} to {high}; it must lie in [0, {self.config.vocab_size})")
+        if state is not None:
+            rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            if state.fingerprint != self.fingerprint:
+                raise ValueError(
+                    f"state was made by a model of configuration {state.fingerprint or 'unknown'}; "
+                    f"it must come from one of configuration {self.fingerprint}, like this model"
+                )
+            if state.rows != rows:
+                raise ValueError(f"state was of {state.rows} sequences; it must have {rows}, one for each of tokens")
+
+    @torch.no_grad()
+    def diagnostics(self, tokens: Tensor) -> dict[str, float]:
+        """Numbers of every memory on these tokens, by ``layer.{i}/{name}``; see ``diagnose`` of each mixer.
+
+        The mixers are asked from inside a forward, where sharded parameters are gathered.
+        """
+        found: dict[str, Tensor] = {}
+        handles = []
+        for i, block in enumerate(self.blocks):
+
+            def ask(module: nn.Module, args: tuple[Any, ...], layer: int = i) -> None:
+                numbers = module.diagnose(args[0])  # type: ignore[operator]
+                found.update({f"layer.{layer}/{name}": value for name, value in numbers.items()})
+
+            handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr,operator]
+        try:
+            self(tokens, return_state=False, targets=torch.zeros_like(tokens))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: float(value) for name, value in found.items()}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of one token's forward and backward at a context of ``seq_len``, as registered."""
+        return _flops(self.config, seq_len) / seq_len
+
+    def save(self, folder: str | Path, run_config: dict[str, Any] | None = None) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        about = {"schema": SCHEMA, "model": self.config.model_dump(mode="json"), "run": run_config}
+        save_file(weights, folder / ".model.safetensors", metadata={"format": "pt"})
+        (folder / ".config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(folder / f".{name}", folder / name)
+
+
+@lru_cache(maxsize=32)
+def _flops(config_text: ModelConfig, seq_len: int) -> int:
+    with torch.device("meta"):
+        model = MemoryLM(config_text)
+        tokens = torch.zeros(1, seq_len, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(tokens, targets=tokens).loss
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """Names what the configuration computes: 16 hex digits, equal for models that can take each other's state."""
+    content = config.model_dump(mode="json", exclude={"init_std", "z_loss"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def build(config: str | Path | dict[str, Any] | ModelConfig, **overrides: Any) -> MemoryLM:
+    """A model with fresh weights.
+
+    Args:
+        config: a file (a path, or a name inside ``configs/``), a mapping with a ``model`` section, or a ModelConfig.
+        overrides: values by dotted key, ``**{"model.dim": 64}``.
+
+    Raises:
+        ConfigError: for a configuration that is not valid; FileNotFoundError: for a file that is not there.
+    """
+    if isinstance(config, ModelConfig):
+        content: dict[str, Any] = {"model": config.model_dump(exclude_unset=True)}
+    else:
+        content = config if isinstance(config, dict) else load_yaml(find_config(config))
+    content = apply_overrides(content, overrides)
+    if "model" not in content:
+        raise ConfigError(f"model is missing among {sorted(content)}; it must be given")
+    return MemoryLM(validate(ModelConfig, content["model"], "model"))
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> MemoryLM:
+    """The trained model of a run folder (``config.json`` and ``model.safetensors``).
+
+    Raises:
+        FileNotFoundError: when one of the two is not there.
+        ValueError: when they are damaged or do not fit each other.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} not found: {folder} is not the folder of a finished run")
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if about.get("schema") != SCHEMA:
+        raise ValueError(f"{folder / 'config.json'} was of schema {about.get('schema')}; it must be {SCHEMA}")
+    with torch.device("meta"):
+        model = MemoryLM(validate(ModelConfig, about["model"], "model"))
+    try:
+        weights = load_file(folder / "model.safetensors", device=str(device))
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from None
+    return model.requires_grad_()
+
+
+def stream(model: MemoryLM, tokens: Tensor, chunk: int, state: State | None = None) -> Iterator[tuple[Tensor, State]]:
+    """Losses along a sequence of any length, in constant memory: [B, ≤ chunk] nats and the state, piece by piece.
+
+    Token t is scored from all before it, so a sequence [B, T] gives T − 1 losses. Gradients are not recorded.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk was {chunk}; it must be at least 1")
+    for start in range(0, tokens.shape[1] - 1, chunk):
+        piece = tokens[:, start : start + chunk + 1]
+        with torch.no_grad():
+            loss, state = model.per_token_loss(piece[:, :-1], piece[:, 1:], state)
+        yield loss, state

@@ -1,0 +1,37 @@
+"""What every token mixer is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: A layer's state: tensors by name, nested; every tensor has one leading row per sequence.
+LayerState = dict[str, Any]
+
+
+class Mixer(nn.Module):
+    """Mixes tokens along time. One path serves training, prefill and decoding.
+
+    For any split of a sequence, ``forward(whole)`` equals ``forward(first part)`` then ``forward(rest, state)``.
+    With ``cu_seqlens`` (int32 [N + 1], B = 1) the documents of a packed row never see each other, and the state has
+    N rows. A state that is handed in is never changed.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, LayerState | None]:
+        """x [B, T, dim] → y [B, T, dim], and the state after T tokens (None unless ``return_state``)."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        """The state of ``batch`` sequences before their first token; ``dtype`` is that of x."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
+        """Numbers worth watching on input x [B, T, dim], each a float scalar; nothing for a mixer without a memory."""
+        return {}

@@ -1,0 +1,224 @@
+"""The neural memory layer (Titans LMM), and what MAC, MAG and MAL share with it."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels import l2_norm, neural_memory, neural_memory_read, neural_memory_state, short_conv
+from ..config import MemoryConfig, ModelConfig
+from ..layers import Linear, RMSNorm
+from .mixer import LayerState, Mixer
+
+
+class MemoryGates(nn.Module):
+    """Step θ, retention a and momentum η of every token and head, from one projection z = x W + b, in float32.
+
+        log a = −softplus(z_a) · exp(A_log)          as Mamba-2 and Gated DeltaNet, so that a starts near 1
+        log η = logsigmoid(z_η)
+        θ     = step_max · sigmoid(z_θ) · (1 − η) / C
+
+    All gradients of a chunk are taken at the weights it began with, so what one chunk may move the memory is
+    Σ θ / (1 − η) over its C tokens; written as above that is at most ``step_max`` at every C and η, and about 1 at the
+    start. (With W_0 drawn as in :class:`MemoryLayer` the inner loss has a curvature of order 1 per weight matrix, so
+    this is a stable gradient step.) The biases start a between exp(−1/1000) and exp(−1/10), and η at 0.9.
+    """
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+        super().__init__()
+        self.memory = memory
+        self.decays, self.moves = memory.retention == "l2", memory.rule == "momentum"
+        self.proj = Linear(model.dim, memory.heads * (1 + self.decays + self.moves), model.init_std)
+        self.step_bias = nn.Parameter(torch.empty(memory.heads))
+        if self.decays:
+            self.retain_bias = nn.Parameter(torch.empty(memory.heads))
+            self.retain_log = nn.Parameter(torch.empty(memory.heads))
+        if self.moves:
+            self.momentum_bias = nn.Parameter(torch.empty(memory.heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Σ θ / (1 − η) = min(1, step_max / 2) over a chunk; softplus(b_a) log-uniform in [0.001, 0.1]; η = 0.9."""
+        start = min(1 / self.memory.step_max, 0.5)
+        nn.init.constant_(self.step_bias, math.log(start / (1 - start)))
+        if self.decays:
+            nn.init.zeros_(self.retain_log)
+            nn.init.uniform_(self.retain_bias, math.log(1e-3), math.log(1e-1))
+            with torch.no_grad():
+                rate = self.retain_bias.exp()
+                self.retain_bias.copy_(rate + torch.log(-torch.expm1(-rate)))  # the inverse of softplus
+        if self.moves:
+            nn.init.constant_(self.momentum_bias, math.log(9.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x [B, T, dim] → θ, log a, log η, each [B, T, H] in float32 (float64 for float64 x); None where unused."""
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            parts = list(F.linear(x.to(kind), self.proj.weight.to(kind)).split(self.memory.heads, dim=-1))
+            step = torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * (
+                self.memory.step_max / self.memory.chunk_size
+            )
+            log_retain = log_momentum = None
+            if self.decays:
+                log_retain = F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -self.retain_log.to(kind).exp()
+            if self.moves:
+                z = parts.pop(0) + self.momentum_bias.to(kind)
+                log_momentum = F.logsigmoid(z)
+                step = step * torch.sigmoid(-z)
+        return step, log_retain, log_momentum
+
+
+class MemoryLayer(Mixer):
+    """A neural memory per head and the layer around it (Titans, section 4.4).
+
+        q, k, v = silu(conv(x W_q, x W_k, x W_v)),  q and k divided by their ℓ2 norm
+        o_t     = M(q_t; W_t),  W_t written by one gradient step per token (:func:`palimpsest.kernels.neural_memory`)
+        y       = (RMSNorm(o) ⊙ silu(x W_g)) W_o,  the norm per head
+
+    W_0 is learnt, one per head. Its entries start at N(0, 1) where the memory ends in a LayerNorm, which makes their
+    size the inverse of the inner learning rate (the loss is then of curvature 1 per matrix for unit keys); without one
+    at N(0, 4 / width of the hidden layer), and N(0, 1 / D) for a linear memory.
+
+    State: ``memory``, of the operation; ``conv``, the convolution's last inputs.
+    """
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+        super().__init__()
+        self.memory, self.spec = memory, memory.spec
+        self.dim, self.heads, self.width = model.dim, memory.heads, model.dim // memory.heads
+        gated = memory.output_gate == "silu"
+        self.gate_width = self.dim if gated else 0
+        self.proj = Linear(self.dim, self.gate_width + 3 * self.dim, model.init_std)  # gate, q, k, v in this order
+        self.conv = nn.Parameter(torch.empty(3 * self.dim, memory.conv)) if memory.conv else None
+        self.gates = MemoryGates(model, memory)
+        shapes = self.spec.weight_shapes(self.heads, self.width, self.width)
+        self.weight_names = [f"weights.{i}" for i in range(len(shapes))]
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(*shape)) for shape in shapes)
+        self.norm = nn.Parameter(torch.empty(self.heads, self.width)) if self.spec.norm else None
+        self.out_norm = RMSNorm(self.width, model.norm_eps)
+        self.out = Linear(self.dim, self.dim, model.residual_std)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W_0 and the convolution (uniform in ±1/√width, as torch's own), and set the memory's norm to 1."""
+        if self.conv is not None:
+            nn.init.uniform_(self.conv, -(self.conv.shape[1] ** -0.5), self.conv.shape[1] ** -0.5)
+        hidden = self.weights[0].shape[-1]
+        std = 1.0 if self.norm is not None else (self.width if self.spec.layers == 1 else hidden / 4) ** -0.5
+        for weight in self.weights:
+            nn.init.normal_(weight, std=std)
+        if self.norm is not None:
+            nn.init.ones_(self.norm)
+
+    def start(self) -> list[Tensor]:
+        """W_0, each [H, in, out]."""
+        return list(self.weights)
+
+    def _convolve(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, LayerState | None]:
+        """silu(conv(x)) for the first channels of q, k, v; without a convolution silu(x)."""
+        if self.conv is None:
+            return F.silu(x), {} if return_state else None
+        weight = self.conv[: x.shape[-1]]
+        return short_conv(x, weight, activation="silu", state=state, cu_seqlens=cu_seqlens, return_state=return_state)
+
+    def _finish(self, o: Tensor, gate: Tensor) -> Tensor:
+        """Norm per head, gate, output projection: o [B, T, H, D] → [B, T, dim]."""
+        gate = gate.view(o.shape) if self.gate_width else None
+        return self.out(self.out_norm(o, gate).flatten(2))
+
+    def query(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor, LayerState | None]:
+        """q [B, T, H, D] and the gate of x alone, for :meth:`read`; the state is a convolution's of q's channels."""
+        joint = F.linear(x, self.proj.weight[: self.gate_width + self.dim])
+        gate, q = joint.split([self.gate_width, self.dim], dim=-1)
+        q, state = self._convolve(q, state, cu_seqlens, return_state)
+        return l2_norm(q.unflatten(-1, (self.heads, self.width))), gate, state
+
+    def read(self, q: Tensor, gate: Tensor, weights: list[Tensor]) -> Tensor:
+        """What the memory with ``weights`` ([H, in, out], or one per row) answers to :meth:`query`, writing nothing."""
+        return self._finish(neural_memory_read(q, weights=weights, spec=self.spec, norm=self.norm), gate)
+
+    def _write_inputs(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, LayerState | None]:
+        gate, qkv = self.proj(x).split([self.gate_width, 3 * self.dim], dim=-1)
+        qkv, state = self._convolve(qkv, state, cu_seqlens, return_state)
+        qk, v = qkv.unflatten(-1, (3 * self.heads, self.width)).split([2 * self.heads, self.heads], dim=2)
+        q, k = l2_norm(qk).split(self.heads, dim=2)
+        return q, k, v, gate, state
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, LayerState | None]:
+        """See :class:`Mixer`: write every token and read at every token."""
+        held = state or {"memory": None, "conv": None}
+        q, k, v, gate, conv = self._write_inputs(x, held["conv"], cu_seqlens, return_state)
+        o, memory = neural_memory(
+            q,
+            k,
+            v,
+            *self.gates(x),
+            weights=self.start(),
+            spec=self.spec,
+            norm=self.norm,
+            state=held["memory"],
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
+        )
+        return self._finish(o, gate), {"memory": memory, "conv": conv} if return_state else None
+
+    def conv_state(self, batch: int, channels: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        """The convolution's state before the first token."""
+        if self.conv is None:
+            return {}
+        return {"x": torch.zeros(batch, self.conv.shape[1] - 1, channels, device=device, dtype=dtype)}
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        """W = W_0, no momentum, nothing seen."""
+        memory = neural_memory_state(self.start(), batch, self.spec)
+        return {"memory": memory, "conv": self.conv_state(batch, 3 * self.dim, device, dtype)}
+
+    @torch.no_grad()
+    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
+        """Means over x [B, T, dim]: ``retention``, ``momentum``, ``step`` (Σ θ / (1 − η) of a chunk), ``loss_before``
+        and ``loss_after`` (the inner loss of each token at W_{t−1} and at W_t), ``state_norm`` (Frobenius norm of a
+        head's weights at the end)."""
+        _, k, v, _, _ = self._write_inputs(x, None, None, False)
+        step, log_retain, log_momentum = self.gates(x)
+        result = {}
+        effective = step
+        if log_retain is not None:
+            result["retention"] = log_retain.exp().mean()
+        if log_momentum is not None:
+            result["momentum"] = log_momentum.exp().mean()
+            effective = step / -torch.expm1(log_momentum)
+        result["step"] = effective.mean() * self.spec.chunk_size
+        for name, after in (("loss_before", False), ("loss_after", True)):
+            o, state = neural_memory(
+                k,
+                k,
+                v,
+                step,
+                log_retain,
+                log_momentum,
+                weights=self.start(),
+                spec=replace(self.spec, read_after_write=after),
+                norm=self.norm,
+                return_state=True,
+            )
+            o, target = o.to(step.dtype), v.to(step.dtype)
+            loss = 0.5 * (o - target).square() if self.spec.bias == "l2" else -o * target
+            result[name] = loss.sum(-1).mean()
+        assert state is not None
+        squares = sum(state[f"weights.{i}"].square().sum((-2, -1)) for i in range(self.spec.layers))
+        result["state_norm"] = torch.as_tensor(squares).sqrt().mean()
+        return result

@@ -1,0 +1,166 @@
+"""The state of a model between calls: what it has in memory after the tokens it has seen."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+SCHEMA = 1
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of N sequences.
+
+    ``layers``: one nested dict of tensors per block, every tensor with N leading rows. ``position`` int64 [N]: tokens
+    seen. ``fingerprint`` names the model configuration it belongs to. Nothing here is ever changed in place: every
+    method returns a new state.
+    """
+
+    layers: list[Tree]
+    position: Tensor
+    fingerprint: str = ""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "State":
+        """``function`` of every tensor."""
+        layers = [_map(layer, function) for layer in self.layers]
+        return replace(self, layers=layers, position=function(self.position))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, under a name like ``layers/0/memory/weights.0``."""
+        yield "position", self.position
+        for i, layer in enumerate(self.layers):
+            for name, tensor in _flatten(layer):
+                yield f"layers/{i}/{name}", tensor
+
+    @property
+    def rows(self) -> int:
+        """N, the number of sequences."""
+        return self.position.shape[0]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(x.numel() * x.element_size() for _, x in self.tensors())
+
+    def to(self, device: torch.device | str) -> "State":
+        """On another device."""
+        return self.map(lambda x: x.to(device))
+
+    def detach(self) -> "State":
+        """Without its graph, as between two pieces of a long sequence in truncated backpropagation."""
+        return self.map(torch.Tensor.detach)
+
+    def select(self, rows: Sequence[int] | Tensor) -> "State":
+        """The given rows, in the given order; a row may be taken more than once."""
+        index = torch.as_tensor(rows, device=self.position.device)
+        return self.map(lambda x: x[index])
+
+    def reset(self, rows: Sequence[int] | Tensor, fresh: "State") -> "State":
+        """With ``rows`` (integers) put back to the one row of ``fresh`` (``model.init_state(1)``).
+
+        Raises:
+            ValueError: when ``fresh`` has another number of rows, or belongs to another model.
+        """
+        if fresh.rows != 1 or fresh.fingerprint != self.fingerprint:
+            was = f"{fresh.rows} rows of model {fresh.fingerprint}"
+            raise ValueError(f"fresh was a state with {was}; it must be one row of model {self.fingerprint}")
+        again = torch.as_tensor(rows, device=self.position.device)
+        if again.dtype == torch.bool:
+            raise ValueError("rows was a boolean mask; it must be row numbers")
+        chosen = {int(row) % self.rows for row in again.tolist()}
+        order = [self.rows if row in chosen else row for row in range(self.rows)]
+        layers = [take_rows([mine, new], order) for mine, new in zip(self.layers, fresh.layers, strict=True)]
+        return replace(self, layers=layers, position=torch.cat([self.position, fresh.position])[order])
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        path = Path(path)
+        tensors = {name: x.detach().cpu().contiguous().clone() for name, x in self.tensors()}
+        about = {"schema": str(SCHEMA), "fingerprint": self.fingerprint, "layers": str(len(self.layers))}
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, beside, metadata={"palimpsest.state": json.dumps(about)})
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+pytree.register_pytree_node(
+    State,
+    lambda state: ([state.layers, state.position], state.fingerprint),
+    lambda children, fingerprint: State(*children, fingerprint),  # type: ignore[misc]
+    serialized_type_name="palimpsest.models.state.State",
+)
+
+
+def load_state(path: str | Path, device: torch.device | str = "cpu") -> State:
+    """Read what :meth:`State.save` wrote. Whether it fits a model is checked where the model is given it.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file that is damaged, is not a state, or has another schema version.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"state file {str(path)!r} not found")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = json.loads((file.metadata() or {}).get("palimpsest.state", "{}"))
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"state file {str(path)!r} is damaged or not a safetensors file: {error}") from None
+    if about.get("schema") != str(SCHEMA):
+        raise ValueError(
+            f"{str(path)!r} was of state schema {about.get('schema')}; it must be a state of schema {SCHEMA}"
+        )
+    layers: list[Tree] = [{} for _ in range(int(about["layers"]))]
+    for name, tensor in flat.items():
+        if name != "position":
+            _, layer, *path_in, last = name.split("/")
+            place = layers[int(layer)]
+            for part in path_in:
+                place = place.setdefault(part, {})
+            place[last] = tensor
+    return State(layers, flat["position"], about["fingerprint"])
+
+
+def take_rows(parts: Sequence[Tree], order: Sequence[int]) -> Tree:
+    """Rows ``order`` of the parts' rows counted through. A cache that is longer in one part (dimension 1, newest
+    entries last) lengthens the others with zeros on the left, which their own count leaves unread."""
+    result: Tree = {}
+    for name, first in parts[0].items():
+        mine = [part[name] for part in parts]
+        if isinstance(first, dict):
+            result[name] = take_rows(mine, order)
+            continue
+        if first.dim() > 1:
+            longest = max(x.shape[1] for x in mine)
+            mine = [_pad(x, longest) for x in mine]
+        result[name] = torch.cat(mine)[torch.as_tensor(order, device=first.device)]
+    return result
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    missing = length - x.shape[1]
+    return x if not missing else torch.cat([x.new_zeros(x.shape[0], missing, *x.shape[2:]), x], 1)
+
+
+def _map(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
+    return {name: _map(x, function) if isinstance(x, dict) else function(x) for name, x in tree.items()}
+
+
+def _flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, x in tree.items():
+        if isinstance(x, dict):
+            yield from _flatten(x, f"{prefix}{name}/")
+        else:
+            yield prefix + name, x
