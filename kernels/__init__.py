@@ -1,5 +1,19 @@
 """Operations on tensors: pure functions, each with a reference, a plain-torch path and its cost."""
 
+from .cross_entropy import linear_cross_entropy
 from .neural_memory import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
+from .norm import l2_norm, rms_norm
+from .short_conv import short_conv
+from .window_attention import window_attention
 
-__all__ = ["MemorySpec", "neural_memory", "neural_memory_read", "neural_memory_state"]
+__all__ = [
+    "MemorySpec",
+    "l2_norm",
+    "linear_cross_entropy",
+    "neural_memory",
+    "neural_memory_read",
+    "neural_memory_state",
+    "rms_norm",
+    "short_conv",
+    "window_attention",
+]

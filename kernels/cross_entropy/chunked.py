@@ -1,0 +1,177 @@
+"""Cross-entropy over a vocabulary with the logits of a few tokens at a time, forward and backward.
+
+A summed loss has one incoming gradient, a number: the forward computes the gradients of x and weight along with the
+loss, while the logits of a chunk are there, and the backward only scales them. Losses of single tokens have an incoming
+gradient each, so there the backward computes the logits again.
+"""
+
+import torch
+from torch import Tensor
+
+from ..check import compute_dtype
+from ..op import flop_formula
+from ..operator import absent, operator
+from .cost import cost
+
+
+class Chunk:
+    """Losses of a few tokens, and their gradients, which consume the logits in place."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, smoothing: float, z_loss: float,
+        softcap: float | None,
+    ) -> None:  # fmt: skip
+        self.x, self.weight, self.smoothing, self.z_loss, self.softcap = x, weight, smoothing, z_loss, softcap
+        logits = (x @ weight.mT).to(compute_dtype(x))
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        self.logits = logits
+        self.valid = target != ignore_index
+        self.label = target.where(self.valid, 0).unsqueeze(1)
+        self.log_probability = torch.log_softmax(logits, 1)
+        chosen = self.log_probability.gather(1, self.label).squeeze(1)
+        # log softmax is logits - lse, so that one entry of each tells lse without another pass.
+        self.log_sum = logits.gather(1, self.label).squeeze(1) - chosen
+        if smoothing:
+            chosen = (1 - smoothing) * chosen + smoothing * self.log_probability.mean(1)
+        loss = -chosen
+        if z_loss:
+            loss = loss + z_loss * self.log_sum.square()
+        self.loss = loss.where(self.valid, 0)
+
+    def gradients(self, grad: Tensor | None, d_weight: Tensor) -> Tensor:
+        """Gradient of x for the tokens' incoming gradients ``grad`` (None: ones); adds to ``d_weight``."""
+        rows = self.valid.to(self.logits.dtype)
+        if grad is not None:
+            rows = rows * grad
+        d_logits = self.log_probability.exp_()
+        d_logits *= (rows * (1 + 2 * self.z_loss * self.log_sum) if self.z_loss else rows).unsqueeze(1)
+        d_logits.scatter_add_(1, self.label, (rows * (self.smoothing - 1)).unsqueeze(1))
+        if self.smoothing:
+            d_logits -= (rows * (self.smoothing / d_logits.shape[1])).unsqueeze(1)
+        if self.softcap is not None:
+            d_logits *= self.logits.div_(self.softcap).square_().neg_().add_(1)
+        d_logits = d_logits.to(self.x.dtype)
+        if d_weight.dtype == self.x.dtype:
+            d_weight.addmm_(d_logits.mT, self.x)
+        else:
+            d_weight += d_logits.mT @ self.x
+        return d_logits @ self.weight
+
+
+@operator("linear_cross_entropy")
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    chunk: int,
+    total: bool,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [N] or, with ``total``, their sum [], and then with ``gradients`` those of x [N, d] and weight [V, d]."""
+    losses, d_x = [], []
+    narrow = weight.to(x.dtype)
+    keep = total and gradients
+    d_weight = weight.new_zeros(weight.shape, dtype=compute_dtype(x)) if keep else absent(weight)
+    for start in range(0, x.shape[0], chunk):
+        part = slice(start, start + chunk)
+        tokens = Chunk(x[part], narrow, target[part], ignore_index, smoothing, z_loss, softcap)
+        losses.append(tokens.loss)
+        if keep:
+            d_x.append(tokens.gradients(None, d_weight))
+        del tokens  # its logits, before the next chunk's are there
+    loss = torch.cat([x.new_empty(0, dtype=compute_dtype(x)), *losses])
+    return loss.sum() if total else loss, torch.cat([x[:0], *d_x]) if keep else absent(x), d_weight
+
+
+@forward.register_fake
+def _(x, weight, target, ignore_index, smoothing, z_loss, softcap, chunk, total, gradients):  # type: ignore[no-untyped-def]
+    kind = compute_dtype(x)
+    loss = x.new_empty(() if total else target.shape, dtype=kind)
+    if not (total and gradients):
+        return loss, absent(x), absent(weight)
+    return loss, x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=kind)
+
+
+@operator("linear_cross_entropy_backward")
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x [N, d] and weight [V, d] for the incoming gradients ``grad`` [N] of the tokens' losses."""
+    narrow = weight.to(x.dtype)
+    d_weight = weight.new_zeros(weight.shape, dtype=compute_dtype(x))
+    d_x = []
+    for start in range(0, x.shape[0], chunk):
+        part = slice(start, start + chunk)
+        tokens = Chunk(x[part], narrow, target[part], ignore_index, smoothing, z_loss, softcap)
+        d_x.append(tokens.gradients(grad[part], d_weight))
+        del tokens
+    return torch.cat([x[:0], *d_x]), d_weight.to(weight.dtype)
+
+
+@backward.register_fake
+def _(grad, x, weight, *_):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, target, *ctx.rest, _, _ = inputs
+    _, d_x, d_weight = output
+    ctx.mark_non_differentiable(d_x, d_weight)
+    ctx.known = d_weight.numel() > 0
+    ctx.kinds = x.dtype, weight.dtype
+    ctx.save_for_backward(*((d_x, d_weight) if ctx.known else (x, weight, target)))
+
+
+def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    if ctx.known:
+        pair = [(grad * d).to(kind) for d, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)]
+    else:
+        x, weight, target = ctx.saved_tensors
+        pair = backward(grad.expand(target.shape), x, weight, target, *ctx.rest)
+    return *pair, *(None for _ in range(8))
+
+
+forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _flops(x, weight, target, a, b, c, d, e, total, gradients, *, out_shape) -> int:  # type: ignore[no-untyped-def]
+    flops = cost(x, weight).flops
+    return flops + cost(x, weight, backward=True).flops if total and gradients else flops
+
+
+flop_formula(torch.ops.palimpsest.linear_cross_entropy, _flops)
+flop_formula(
+    torch.ops.palimpsest.linear_cross_entropy_backward,
+    lambda grad, x, weight, *_, out_shape: cost(x, weight, reduction="none", backward=True).flops,
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    chunk: int,
+) -> Tensor:
+    """The registered operator for x [N, d] and target [N], and the mean over the tokens that count."""
+    total = reduction != "none"
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss = forward(x, weight, target, ignore_index, label_smoothing, z_loss, softcap, chunk, total, wanted)[0]
+    return loss / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss

@@ -1,0 +1,137 @@
+"""Short convolution as K shifted multiply-adds over the whole sequence, which on a CPU is faster than conv1d."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..check import compute_dtype
+from ..op import flop_formula
+from ..operator import absent, operator, present
+from ..packing import document_of
+from .cost import cost
+
+
+def slots(x: Tensor, width: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a packed row lies in a longer one with ``width`` - 1 slots of past before every document.
+
+    Returns: positions of the tokens [T] and of the past [N, width - 1].
+    """
+    gap = width - 1
+    document = document_of(cu_seqlens, x.shape[1])
+    tokens = torch.arange(x.shape[1], device=x.device) + (document + 1) * gap
+    starts = cu_seqlens[:-1].long() + gap * torch.arange(cu_seqlens.numel() - 1, device=x.device)
+    return tokens, starts[:, None] + torch.arange(gap, device=x.device)
+
+
+def spread(x: Tensor, width: int, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """x with its past before it: [B, K - 1 + T, C], or one row in which every document follows its own past."""
+    batch, _, channels = x.shape
+    if cu_seqlens is None:
+        past = x.new_zeros(batch, width - 1, channels) if state is None else state.to(x.dtype)
+        return torch.cat([past, x], 1)
+    tokens, past = slots(x, width, cu_seqlens)
+    row = x.new_zeros(1, x.shape[1] + past.numel(), channels)
+    row[0, tokens] = x[0]
+    if state is not None:
+        row[0, past] = state.to(x.dtype)
+    return row
+
+
+def convolve(row: Tensor, weight: Tensor) -> Tensor:
+    """Valid causal sums of row [B, K - 1 + L, C] with weight [C, K]: [B, L, C]."""
+    length = row.shape[1] - weight.shape[1] + 1
+    y = row[:, :length] * weight[:, 0]
+    for j in range(1, weight.shape[1]):
+        y.addcmul_(row[:, j : j + length], weight[:, j])
+    return y
+
+
+@operator("short_conv")
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """The output [B, T, C] and, with an activation, what entered it (else empty)."""
+    width = weight.shape[1]
+    kind = compute_dtype(x)
+    z = convolve(spread(x, width, state, cu_seqlens).to(kind), weight.to(kind))
+    if cu_seqlens is not None:
+        z = z[:, slots(x, width, cu_seqlens)[0] - (width - 1)]
+    if bias is not None:
+        z += bias.to(kind)
+    if not silu:
+        return z.to(x.dtype), absent(x)
+    z = z.to(x.dtype)
+    return F.silu(z), z
+
+
+@forward.register_fake
+def _(x, weight, bias, state, cu_seqlens, silu):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape) if silu else absent(x)
+
+
+@operator("short_conv_backward")
+def backward(
+    grad: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    """Gradients of x, weight, bias and state; empty for those that were None."""
+    width, kind = weight.shape[1], compute_dtype(x)
+    if silu:
+        grad = torch.ops.aten.silu_backward(grad.to(kind), z.to(kind))
+    grad = grad.to(kind)
+    d_bias = absent(x) if bias is None else grad.sum((0, 1)).to(bias.dtype)
+    row = spread(x, width, state, cu_seqlens).to(kind)
+    length = row.shape[1] - width + 1
+    if cu_seqlens is not None:
+        tokens, past = slots(x, width, cu_seqlens)
+        whole = grad.new_zeros(1, length, x.shape[2])
+        whole[:, tokens - (width - 1)] = grad
+        grad = whole
+    d_weight = torch.stack([(row[:, j : j + length] * grad).sum((0, 1)) for j in range(width)], 1)
+    d_row = convolve(F.pad(grad, (0, 0, width - 1, width - 1)), weight.to(kind).flip(1))
+    if cu_seqlens is None:
+        d_state, d_x = d_row[:, : width - 1], d_row[:, width - 1 :]
+    else:
+        d_state, d_x = d_row[0, past], d_row[:, tokens]
+    return [
+        d_x.to(x.dtype).contiguous(),
+        d_weight.to(weight.dtype),
+        d_bias,
+        absent(x) if state is None else d_state.to(state.dtype, copy=True),
+    ]
+
+
+@backward.register_fake
+def _(grad, z, x, weight, bias, state, cu_seqlens, silu):  # type: ignore[no-untyped-def]
+    return [absent(x) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, state)]
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+    z, *tensors = ctx.saved_tensors
+    return *present(backward(grad, z, *tensors, ctx.silu), tensors[:4]), None, None
+
+
+forward.register_autograd(_differentiate, setup_context=_keep)
+flop_formula(torch.ops.palimpsest.short_conv, lambda x, weight, *_, out_shape: cost(x, weight).flops)
+flop_formula(
+    torch.ops.palimpsest.short_conv_backward,
+    lambda grad, z, x, weight, *_, out_shape: cost(x, weight, backward=True).flops,
+)
+
+
+def short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> Tensor:
+    """The registered operator."""
+    return forward(x, weight, bias, state, cu_seqlens, silu)[0]

@@ -1,0 +1,233 @@
+"""Window attention, a block of queries at a time, over views of the keys that the block can see.
+
+Time is O(T * (window + prefix)) and memory O(T); without a window, O(T^2) and O(T). Packed documents are taken one by
+one. On a CPU the block kernel is ATen's flash attention, whose log-sum-exp the backward is given; on other devices it
+is scaled_dot_product_attention, run again for the backward, or flash-attn where :mod:`.flash` chooses it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..check import compute_dtype
+from ..op import flop_formula
+from ..operator import absent, operator, present
+from . import flash
+from .blocks import Piece, block_backward, block_forward, blocks, heads_first, pieces
+from .cost import cost
+
+Pair = tuple[Tensor, Tensor]
+
+
+def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:
+    """[P, H, D] before every row of x [B, T, H, D], as the kernels read them: [B, H, P + T, D]."""
+    if prefix is not None:
+        x = torch.cat([prefix.expand(x.shape[0], *prefix.shape), x], 1)
+    return heads_first(x)
+
+
+def piece_forward(
+    q: Tensor, piece: Piece, prefix: Pair | tuple[None, None], window: int | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attention [B, T, H, D] of one piece and its log-sum-exp [B, H, T]."""
+    extra = 0 if prefix[0] is None else prefix[0].shape[0]
+    parts = [
+        block_forward(
+            heads_first(q[:, block.rows]),
+            with_prefix(prefix[0], piece.k[:, block.columns]),
+            with_prefix(prefix[1], piece.v[:, block.columns]),
+            block.mask,
+            block.causal,
+            scale,
+        )
+        for block in blocks(q, piece.k.shape[1], window, extra, piece.valid)
+    ]
+    outputs = [out.transpose(1, 2) for out, _ in parts]
+    if len(parts) == 1:
+        return outputs[0], parts[0][1]
+    sums = [part[1] for part in parts if part[1] is not None]
+    return torch.cat(outputs, 1), torch.cat(sums, 2) if sums else None
+
+
+def piece_backward(
+    grad: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    piece: Piece,
+    prefix: Pair | tuple[None, None],
+    window: int | None,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of one piece: q [B, T, H, D], k, v [B, past + T, Hkv, D], and with a prefix its [P, Hkv, D] twice."""
+    extra = 0 if prefix[0] is None else prefix[0].shape[0]
+    # Blocks add into the same keys; for half precision they do it in float32.
+    sums = [x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in (piece.k, piece.v, *prefix) if x is not None]
+    d_queries = []
+    for block in blocks(q, piece.k.shape[1], window, extra, piece.valid):
+        d_q, *d_kv = (
+            x.transpose(1, 2)
+            for x in block_backward(
+                heads_first(grad[:, block.rows]),
+                heads_first(q[:, block.rows]),
+                with_prefix(prefix[0], piece.k[:, block.columns]),
+                with_prefix(prefix[1], piece.v[:, block.columns]),
+                heads_first(o[:, block.rows]),
+                lse[:, :, block.rows] if lse.numel() else lse,
+                block.mask,
+                block.causal,
+                scale,
+            )
+        )
+        if block.causal:  # the only block of its piece
+            return [d_q, *d_kv]
+        d_queries.append(d_q)
+        for i, d_x in enumerate(d_kv):
+            sums[i][:, block.columns] += d_x[:, extra:]
+            if extra:
+                sums[2 + i] += d_x[:, :extra].sum(0)
+    return [torch.cat(d_queries, 1) if d_queries else torch.zeros_like(q), *sums]
+
+
+@operator("window_attention")
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention o [B, T, H, D] and its log-sum-exp [B, H, T], which is empty where the device's kernel keeps none."""
+    batch, length, heads, width = q.shape
+    package = flash.package(q.device, q.dtype, width, prefix_k is not None, cache_k is not None)
+    if package is not None:
+        return flash.attend(package, q, k, v, cu_seqlens, window, scale), absent(q)
+    cache = None if cache_k is None or cache_v is None else (cache_k, cache_v)
+    prefix = (prefix_k, prefix_v)
+    parts = [
+        piece_forward(q[:, piece.tokens], piece, prefix, window, scale)  # type: ignore[arg-type]
+        for piece in pieces(k, v, cache, count, cu_seqlens)
+        if piece.tokens.stop > piece.tokens.start
+    ]
+    o = parts[0][0] if len(parts) == 1 else torch.cat([q[:, :0], *(part[0] for part in parts)], 1)
+    sums = [part[1] for part in parts if part[1] is not None]
+    lse = torch.cat(sums, 2) if sums else q.new_empty(lse_shape(q), dtype=compute_dtype(q))
+    return o.contiguous(), lse
+
+
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """[B, H, T] where the device's kernel keeps the log-sum-exp for the backward, else empty."""
+    return (q.shape[0], q.shape[2], q.shape[1]) if q.device.type == "cpu" else (0,)
+
+
+@forward.register_fake
+def _(q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=compute_dtype(q))
+
+
+@operator("window_attention_backward")
+def backward(
+    grad: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of q, k, v, prefix_k, prefix_v, cache_k, cache_v; empty for those that were None."""
+    package = flash.package(q.device, q.dtype, q.shape[3], prefix_k is not None, cache_k is not None)
+    if package is not None:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            again = flash.attend(package, *leaves, cu_seqlens, window, scale)
+        return [*torch.autograd.grad(again, leaves, grad), *(absent(q) for _ in range(4))]
+    inputs = (q, k, v, prefix_k, prefix_v, cache_k, cache_v)
+    cache = None if cache_k is None or cache_v is None else (cache_k, cache_v)
+    total = [None if x is None else x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in inputs]
+    for piece in pieces(k, v, cache, count, cu_seqlens):
+        tokens = piece.tokens
+        d_q, *rest = piece_backward(
+            grad[:, tokens], o[:, tokens], lse[:, :, tokens] if lse.numel() else lse, q[:, tokens], piece,
+            (prefix_k, prefix_v), window, scale,  # type: ignore[arg-type]
+        )  # fmt: skip
+        if cu_seqlens is None and not piece.past and prefix_k is None:
+            total[:3] = [d_q, *rest]
+            continue
+        add(total, piece, d_q, rest)
+    return [absent(q) if x is None else x.to(q.dtype).contiguous() for x in total]
+
+
+def add(total: list[Tensor | None], piece: Piece, d_q: Tensor, rest: list[Tensor]) -> None:
+    """Put one piece's gradients where they belong: its tokens, its cached entries, the prefix that all pieces share."""
+    total[0][:, piece.tokens] = d_q
+    for i, d_x in enumerate(rest[:2]):
+        total[1 + i][:, piece.tokens] = d_x[:, piece.past :]
+        if piece.past:
+            cached = total[5 + i][piece.rows]
+            cached[:, cached.shape[1] - piece.past :] = d_x[:, : piece.past]
+    for i, d_x in enumerate(rest[2:]):
+        total[3 + i] += d_x
+
+
+@backward.register_fake
+def _(grad, o, lse, q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale):  # type: ignore[no-untyped-def]
+    inputs = (q, k, v, prefix_k, prefix_v, cache_k, cache_v)
+    return [absent(q) if x is None else q.new_empty(x.shape) for x in inputs]
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+    o, lse, *tensors = ctx.saved_tensors
+    gradients = backward(grad.contiguous(), o, lse, *tensors, ctx.window, ctx.scale)
+    return *present(gradients, tensors[:7]), None, None, None, None
+
+
+forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _flops(
+    q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale, *, out_shape, backward=False
+):  # type: ignore[no-untyped-def]
+    prefix = 0 if prefix_k is None else prefix_k[0]
+    cached = 0 if cache_k is None else cache_k[1]
+    return cost(q, k, window=window, prefix=prefix, cached=cached, backward=backward).flops
+
+
+flop_formula(torch.ops.palimpsest.window_attention, _flops)
+flop_formula(
+    torch.ops.palimpsest.window_attention_backward, lambda grad, o, lse, *args, **kw: _flops(*args, **kw, backward=True)
+)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Pair | None,
+    state: dict[str, Tensor] | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """The registered operator, called with the tensors of ``prefix`` and ``state`` laid out."""
+    past = (None, None, None) if state is None else (state["k"], state["v"], state["count"])
+    o, _ = forward(q, k, v, *(prefix or (None, None)), *past, cu_seqlens, window, scale)
+    return o
