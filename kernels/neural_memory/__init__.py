@@ -17,7 +17,7 @@ from . import reference
 from .cost import cost
 from .operator import neural_memory_op
 from .spec import LAYER_NORM_EPS, MemorySpec
-from .state import fresh_state, pack_state, state_names
+from .state import fresh_state, state_names
 
 __all__ = ["LAYER_NORM_EPS", "MemorySpec", "neural_memory", "neural_memory_read", "neural_memory_state"]
 
@@ -103,7 +103,7 @@ def neural_memory_read(
 
     Args:
         q: queries [B, T, H, D].
-        weights: W of each layer, [H, in, out] or one per row [B, H, in, out]; or a state, whose running weights are read.
+        weights: W of each layer, [H, in, out] or one per row [B, H, in, out]; or a state, to read its running weights.
         spec: the memory.
         norm: the LayerNorm's scale [H, D_v] when ``spec.norm``, else None.
 

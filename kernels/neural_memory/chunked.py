@@ -1,236 +1,356 @@
-"""Chunk-parallel neural memory in plain torch: the CPU path, and the fallback on a GPU.
+"""One chunk of neural memory, forward and backward, as matrix products in plain torch.
 
-Inside a chunk everything is matrix multiplication (no weight per token is formed), with the decays as ratios of
-cumulative products taken in log space. With a the retention, η the momentum, θ the step, products over the chunk:
+No weight per token is formed. With X_i the input of layer i for the chunk's keys at the anchor, Δ_i the inner loss's
+error at that layer's output (every inner gradient is rank one, x_jᵀ δ_j), and Λ, A, f, P, E of ``gates.py``:
 
-    L_a[t,j] = Π_{l=j+1..t} a_l     A_t = Π_{l≤t} a_l     Λ = L_a L_η diag(θ)     f = L_a E     (L_η, E likewise)
-    x W_t = A_t (x W) + f_t (x S) − [Λ ⊙ (x Xᵀ)]_t Δ
+    x W_t = A_t (x W) + f_t (x S) − [Λ ⊙ (x Xᵀ)]_t Δ          layer by layer along the query's own forward pass
+    W' = A_c W + f_c S − Xᵀ diag(Λ_c) Δ      S' = E_c S − Xᵀ diag(P_c) Δ          at the chunk's end
 
-where row i of X is a layer's input for key i at the anchor, and row i of Δ the inner loss's error at its output.
-
-Memory: the forward keeps W and S every G chunks; the backward replays G chunks under autograd at a time.
+W and S of a layer are held as one matrix [W; S], [M, 2·in, out], so that each pair of products is one.
+M counts memories: rows × heads. The derivation of the backward is in docs/neural_memory.md.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
 
-from ..check import compute_dtype
-from .schedule import Step
+from .gates import GateGradients, Gates
 from .spec import LAYER_NORM_EPS, MemorySpec
 
-gelu_backward = torch.ops.aten.gelu_backward
-
-#: W, S (empty without momentum) and anchor, a tensor [M, in, out] per layer each.
-Carry = tuple[list[Tensor], list[Tensor], list[Tensor]]
-
-
-class Gates:
-    """The decays of one chunk from its gates [M, c] (M = rows × heads), ``valid`` [M, c] or None.
-
-    A slot that holds no token comes with θ = 0 and a = η = 1, and must not add S to W.
-    """
-
-    def __init__(
-        self, step: Tensor, log_retain: Tensor | None, log_momentum: Tensor | None, valid: Tensor | None, shift: bool
-    ) -> None:
-        decay, self.retain = _decay(log_retain, step)
-        self.carry = None
-        if log_momentum is None:
-            self.write = decay * step.unsqueeze(-2)
-            self.momentum_write = None
-        else:
-            adds = decay if valid is None else decay * valid.unsqueeze(-2)
-            inertia, self.momentum = _decay(log_momentum, step)
-            self.momentum_write = inertia * step.unsqueeze(-2)
-            self.write = adds @ self.momentum_write
-            self.carry = (adds @ self.momentum.unsqueeze(-1)).squeeze(-1)
-        self.read_write, self.read_retain, self.read_carry = self.write, self.retain, self.carry
-        if shift:  # token t reads W_{t-1}: the coefficients of the row above
-            self.read_write = torch.nn.functional.pad(self.write[:, :-1], (0, 0, 1, 0))
-            self.read_retain = torch.nn.functional.pad(self.retain[:, :-1], (1, 0), value=1.0)
-            self.read_carry = None if self.carry is None else torch.nn.functional.pad(self.carry[:, :-1], (1, 0))
+# gelu in its tanh form is x σ(w), w = SLOPE x + CUBE x³; a sigmoid costs a third of a tanh on a CPU.
+SLOPE = 2.0 * (2.0 / torch.pi) ** 0.5
+CUBE = SLOPE * 0.044715
 
 
-def _decay(log_gate: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """L [M, c, c] (lower triangular, ones on the diagonal) and the products from the chunk's start [M, c]."""
-    c = like.shape[-1]
-    lower = torch.ones(c, c, dtype=torch.bool, device=like.device).tril()
-    if log_gate is None:
-        return lower.to(like.dtype).expand(len(like), c, c), torch.ones_like(like)
-    total = log_gate.cumsum(-1)
-    # Masked before exp: above the diagonal the difference is positive and exp could overflow.
-    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~lower, -torch.inf).exp(), total.exp()
+def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(x), and the σ(w) its derivatives are made of."""
+    sigma = (x * x).mul_(CUBE).add_(SLOPE).mul_(x).sigmoid_()
+    return x * sigma, sigma
 
 
-def _inner_errors(
-    k: Tensor, v: Tensor, anchor: Sequence[Tensor], norm: Tensor | None, spec: MemorySpec
-) -> tuple[list[Tensor], list[Tensor]]:
-    """X_i, the input of every layer for the keys, and Δ_i, the inner loss's error at its output; [M, c, ·] each."""
-    inputs, before = [k], []
-    for i, weight in enumerate(anchor):
-        before.append(torch.bmm(inputs[-1], weight))
-        if i + 1 < len(anchor):
-            inputs.append(gelu(before[-1], approximate="tanh"))
-    last = before[-1]
+def gelu_slope(x: Tensor, sigma: Tensor) -> Tensor:
+    """gelu′(x) = σ + x σ(1 − σ) w′."""
+    inner = (x * x).mul_(3.0 * CUBE).add_(SLOPE).mul_(x)
+    return inner.mul_(sigma - sigma * sigma).add_(sigma)
+
+
+def gelu_curve(x: Tensor, sigma: Tensor) -> Tensor:
+    """gelu″(x) = σ(1 − σ) (2 w′ + x (w″ + (1 − 2σ) w′²))."""
+    square = x * x
+    rate = (square * (3.0 * CUBE)).add_(SLOPE)
+    bend = (sigma * -2.0).add_(1.0).mul_(rate).mul_(rate).mul_(x)
+    return bend.add_(square, alpha=6.0 * CUBE).add_(rate, alpha=2.0).mul_(sigma - sigma * sigma)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x − mean) / std over the last dim, and 1 / std."""
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = centred.square().mean(-1, keepdim=True).add_(LAYER_NORM_EPS).rsqrt_()
+    return centred.mul_(rstd), rstd
+
+
+def _project(x: Tensor, unit: Tensor) -> Tensor:
+    """x − mean(x) − ẑ mean(x ⊙ ẑ), the symmetric map in LayerNorm's backward."""
+    out = x - x.mean(-1, keepdim=True)
+    return out.addcmul_(unit, (x * unit).mean(-1, keepdim=True), value=-1.0)
+
+
+@dataclass
+class Errors:
+    """The inner pass over the chunk's keys at the anchor. Index i is the layer; ``sigma`` is gelu's, after layer i."""
+
+    inputs: list[Tensor]  # X_i [M, c, in]
+    before: list[Tensor]  # Z_i = X_i U_i of every layer but the last
+    sigma: list[Tensor]
+    slope: list[Tensor]  # gelu′(Z_i)
+    back: list[Tensor]  # Δ_{i+1} U_{i+1}ᵀ
+    deltas: list[Tensor]  # Δ_i [M, c, out]
+    unit: Tensor | None  # ẑ, 1/std of the last layer, and the error at the network's output
+    rstd: Tensor | None
+    error: Tensor
+
+
+@dataclass
+class Read:
+    """The queries' pass."""
+
+    hidden: list[Tensor]  # the input of layer i, [M, c, in]
+    scaled: list[Tensor]  # [A ⊙ h ‖ f ⊙ h], [M, c, 2·in]
+    products: list[Tensor]  # h Xᵀ [M, c, c]
+    scores: list[Tensor]  # Λ ⊙ h Xᵀ
+    before: list[Tensor]
+    sigma: list[Tensor]
+    unit: Tensor | None
+    rstd: Tensor | None
+
+
+@dataclass
+class Chunk:
+    """What a chunk's backward needs of its forward."""
+
+    errors: Errors
+    read: Read
+    states: list[Tensor]  # [W; S] before the chunk, [M, 2·in, out]
+    anchor: Sequence[Tensor]
+    gates: Gates
+
+
+def inner_pass(k: Tensor, v: Tensor, anchor: Sequence[Tensor], norm: Tensor | None, spec: MemorySpec) -> Errors:
+    """X_i and Δ_i for k, v [M, c, ·] at the anchor; norm [M, 1, out]."""
+    inputs, before, sigmas, slopes, back = [k], [], [], [], []
+    last = torch.bmm(k, anchor[0])
+    for weight in anchor[1:]:
+        hidden, sigma = gelu(last)
+        inputs.append(hidden)
+        before.append(last)
+        sigmas.append(sigma)
+        slopes.append(gelu_slope(last, sigma))
+        last = torch.bmm(hidden, weight)
+    unit = rstd = None
     if norm is not None:
-        width = last.shape[-1]
-        mean = last.mean(-1, keepdim=True)
-        centred = last - mean
-        rstd = (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
-        unit = centred * rstd
+        unit, rstd = _unit(last)
     if spec.bias == "dot":
         error = -v
     else:
-        out = last if norm is None else unit * norm
-        error = (out + k - v) if spec.residual else out - v
-    if norm is not None:
-        error = error * norm
-        error = rstd * (error - error.mean(-1, keepdim=True) - unit * ((error * unit).sum(-1, keepdim=True) / width))
-    errors = [error]
+        error = (last if norm is None or unit is None else unit * norm) - v
+        if spec.residual:
+            error += k
+    delta = error
+    if norm is not None and unit is not None and rstd is not None:
+        delta = _project(error * norm, unit).mul_(rstd)
+    deltas = [delta]
     for i in range(len(anchor) - 1, 0, -1):
-        errors.append(gelu_backward(torch.bmm(errors[-1], anchor[i].mT), before[i - 1], approximate="tanh"))
-    return inputs, errors[::-1]
+        back.append(torch.bmm(deltas[-1], anchor[i].mT))
+        deltas.append(back[-1] * slopes[i - 1])
+    return Errors(inputs, before, sigmas, slopes, back[::-1], deltas[::-1], unit, rstd, error)
 
 
-def _read(
+def inner_pass_backward(
+    e: Errors,
+    d_inputs: list[Tensor],
+    d_deltas: list[Tensor],
+    anchor: Sequence[Tensor],
+    norm: Tensor | None,
+    spec: MemorySpec,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """Gradients of k, v, the anchor and norm [M, 1, out]. Overwrites ``d_inputs`` and ``d_deltas``."""
+    d_anchor: list[Tensor] = []
+    d_before = []
+    for i in range(len(anchor) - 1):  # δ_i = (δ_{i+1} Uᵀ) ⊙ gelu′(Z_i), from the first layer upwards
+        d_back = d_deltas[i] * e.slope[i]
+        curve = gelu_curve(e.before[i], e.sigma[i])
+        d_before.append(curve.mul_(e.back[i]).mul_(d_deltas[i]))
+        d_deltas[i + 1].baddbmm_(d_back, anchor[i + 1])
+        d_anchor.append(torch.bmm(d_back.mT, e.deltas[i + 1]))
+    d_last = d_norm = None
+    d_error = d_deltas[-1]
+    if norm is not None:
+        assert e.unit is not None and e.rstd is not None
+        d_delta, scaled = d_deltas[-1], e.error * norm
+        d_scaled = _project(d_delta, e.unit).mul_(e.rstd)
+        both = (scaled * e.unit).mean(-1, keepdim=True)
+        d_unit = (d_delta * both).addcmul_(scaled, (d_delta * e.unit).mean(-1, keepdim=True)).mul_(-e.rstd)
+        # 1/std enters δ as a factor: d(1/std) = ⟨dδ, δ⟩ std, and 1/std falls as −ẑ/(D std²) with Z.
+        d_rstd = (d_delta * e.deltas[-1]).mean(-1, keepdim=True).mul_(-e.rstd)
+        d_error = d_scaled * norm
+        d_norm = (d_scaled * e.error).sum(-2, keepdim=True)
+        if spec.bias == "l2":
+            d_unit.addcmul_(d_error, norm.expand_as(d_error))
+            d_norm += (d_error * e.unit).sum(-2, keepdim=True)
+        d_last = _project(d_unit, e.unit).mul_(e.rstd).addcmul_(e.unit, d_rstd)
+    elif spec.bias == "l2":
+        d_last = d_error
+    if spec.bias == "l2" and spec.residual:
+        d_inputs[0] += d_error
+    for i in range(len(anchor) - 1, -1, -1):  # Z_i = X_i U_i
+        if i < len(anchor) - 1:
+            d_last = d_before[i].addcmul_(d_inputs[i + 1], e.slope[i])
+        if d_last is None:  # dot bias without a norm: the error does not see the last layer's output
+            if i == 0:
+                d_anchor.append(torch.zeros_like(anchor[0]))
+            continue
+        d_inputs[i].baddbmm_(d_last, anchor[i].mT)
+        if i == 0:
+            d_anchor.insert(0, torch.bmm(e.inputs[0].mT, d_last))
+        else:
+            d_anchor[i - 1].baddbmm_(e.inputs[i].mT, d_last)
+    return d_inputs[0], -d_error, d_anchor, d_norm
+
+
+def read_pass(
+    q: Tensor, states: Sequence[Tensor], e: Errors, norm: Tensor | None, gates: Gates, spec: MemorySpec
+) -> tuple[Tensor, Read]:
+    """M(q_t; W_t) for every token, [M, c, out]."""
+    retain, carry, write = gates.read_retain.unsqueeze(-1), gates.read_carry, gates.read_write
+    r = Read([], [], [], [], [], [], None, None)
+    hidden = out = q
+    for i, state in enumerate(states):
+        if i:
+            r.before.append(out)
+            hidden, sigma = gelu(out)
+            r.sigma.append(sigma)
+        kept = hidden * retain
+        scaled = kept if carry is None else torch.cat([kept, hidden * carry.unsqueeze(-1)], -1)
+        product = torch.bmm(hidden, e.inputs[i].mT)
+        scores = product * write
+        out = torch.bmm(scaled, state).baddbmm_(scores, e.deltas[i], alpha=-1.0)
+        for kept_list, x in ((r.hidden, hidden), (r.scaled, scaled), (r.products, product), (r.scores, scores)):
+            kept_list.append(x)
+    if norm is not None:
+        r.unit, r.rstd = _unit(out)
+        out = r.unit * norm
+    return (out + q if spec.residual else out), r
+
+
+def read_pass_backward(
+    d_out: Tensor,
     q: Tensor,
-    weights: Sequence[Tensor],
-    momentum: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    errors: Sequence[Tensor],
+    states: Sequence[Tensor],
+    e: Errors,
+    r: Read,
     norm: Tensor | None,
     gates: Gates,
+    d_states: list[Tensor],
     spec: MemorySpec,
-) -> Tensor:
-    """M(q_t; W_t) for every token of the chunk, [M, c, out], layer by layer along q's own forward pass."""
-    retain = gates.read_retain.unsqueeze(-1)
-    hidden = q
-    for i, weight in enumerate(weights):
-        if i:
-            hidden = gelu(hidden, approximate="tanh")
-        scores = gates.read_write * torch.bmm(hidden, inputs[i].mT)
-        now = torch.bmm(hidden * retain, weight)
-        if momentum:
-            assert gates.read_carry is not None
-            now = torch.baddbmm(now, hidden * gates.read_carry.unsqueeze(-1), momentum[i])
-        hidden = torch.baddbmm(now, scores, errors[i], alpha=-1.0)
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
+    """Gradients of q, X, Δ, norm and (Λ, A, f) as the reads use them; adds to ``d_states``, those of [W; S]."""
+    retain, carry, write = gates.read_retain.unsqueeze(-1), gates.read_carry, gates.read_write
+    d_norm = None
+    d_now = d_out
     if norm is not None:
-        hidden = layer_norm(hidden, hidden.shape[-1:], eps=LAYER_NORM_EPS) * norm
-    return q + hidden if spec.residual else hidden
+        assert r.unit is not None and r.rstd is not None
+        d_norm = (d_out * r.unit).sum(-2, keepdim=True)
+        d_now = _project(d_out * norm, r.unit).mul_(r.rstd)
+    d_inputs: list[Tensor] = []
+    d_deltas: list[Tensor] = []
+    d_write, d_retain = torch.zeros_like(write), torch.zeros_like(gates.retain)
+    d_carry = None if carry is None else torch.zeros_like(carry)
+    for i in range(len(states) - 1, -1, -1):
+        hidden, width = r.hidden[i], r.hidden[i].shape[-1]
+        d_scaled = torch.bmm(d_now, states[i].mT)
+        d_states[i].baddbmm_(r.scaled[i].mT, d_now)
+        d_kept = d_scaled[..., :width]
+        d_retain += (hidden * d_kept).sum(-1)
+        d_hidden = d_kept * retain
+        if carry is not None and d_carry is not None:
+            d_carry += (hidden * d_scaled[..., width:]).sum(-1)
+            d_hidden.addcmul_(d_scaled[..., width:], carry.unsqueeze(-1))
+        d_scores = torch.bmm(d_now, e.deltas[i].mT).neg_()
+        d_deltas.append(torch.bmm(r.scores[i].mT, d_now).neg_())
+        d_write.addcmul_(d_scores, r.products[i])
+        d_product = d_scores.mul_(write)
+        d_hidden.baddbmm_(d_product, e.inputs[i])
+        d_inputs.append(torch.bmm(d_product.mT, hidden))
+        if i:
+            d_now = d_hidden.mul_(gelu_slope(r.before[i - 1], r.sigma[i - 1]))
+    d_q = d_hidden + d_out if spec.residual else d_hidden
+    return d_q, d_inputs[::-1], d_deltas[::-1], d_norm, (d_write, d_retain, d_carry)
 
 
-def chunk_step(
+def _columns(gates: Gates) -> tuple[Tensor, Tensor | None]:
+    """Λ_c and P_c, the last rows, as columns [M, c, 1]."""
+    last = gates.write[:, -1].unsqueeze(-1)
+    return last, None if gates.momentum_write is None else gates.momentum_write[:, -1].unsqueeze(-1)
+
+
+def update(states: Sequence[Tensor], e: Errors, gates: Gates) -> list[Tensor]:
+    """[W; S] after the chunk's last token."""
+    write, momentum_write = _columns(gates)
+    new = []
+    for i, state in enumerate(states):
+        x, width = e.inputs[i], e.inputs[i].shape[-1]
+        scaled, out = x * write, state * gates.retain[:, -1, None, None]
+        if momentum_write is not None and gates.carry is not None and gates.inertia is not None:
+            scaled = torch.cat([scaled, x * momentum_write], -1)
+            out[:, :width].addcmul_(state[:, width:], gates.carry[:, -1, None, None])
+            torch.mul(state[:, width:], gates.inertia[:, -1, None, None], out=out[:, width:])
+        new.append(out.baddbmm_(scaled.mT, e.deltas[i], alpha=-1.0))
+    return new
+
+
+def update_backward(
+    d_new: Sequence[Tensor], c: Chunk
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], dict[str, Tensor | None]]:
+    """Gradients of [W; S], X and Δ, and of the last rows of the gates' matrices."""
+    gates, e = c.gates, c.errors
+    write, momentum_write = _columns(gates)
+    d_states, d_inputs, d_deltas = [], [], []
+    d: dict[str, Tensor | None] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        held = d.get(name)
+        d[name] = value if held is None else held.add_(value)
+
+    for i, (state, d_out) in enumerate(zip(c.states, d_new, strict=True)):
+        x, delta, width = e.inputs[i], e.deltas[i], e.inputs[i].shape[-1]
+        d_scaled = torch.bmm(delta, d_out.mT).neg_()
+        d_x = d_scaled[..., :width] * write
+        d_weights = d_out[:, :width]
+        d_state = d_out * gates.retain[:, -1, None, None]
+        scaled = x * write
+        add("last_write", (x * d_scaled[..., :width]).sum(-1))
+        add("last_retain", (state[:, :width] * d_weights).sum((-1, -2)))
+        if momentum_write is not None and gates.carry is not None and gates.inertia is not None:
+            scaled = torch.cat([scaled, x * momentum_write], -1)
+            d_x.addcmul_(d_scaled[..., width:], momentum_write)
+            add("last_momentum_write", (x * d_scaled[..., width:]).sum(-1))
+            add("last_carry", (state[:, width:] * d_weights).sum((-1, -2)))
+            add("last_inertia", (state[:, width:] * d_out[:, width:]).sum((-1, -2)))
+            torch.mul(d_out[:, width:], gates.inertia[:, -1, None, None], out=d_state[:, width:])
+            d_state[:, width:].addcmul_(d_weights, gates.carry[:, -1, None, None])
+        d_states.append(d_state)
+        d_inputs.append(d_x)
+        d_deltas.append(torch.bmm(scaled, d_out).neg_())
+    return d_states, d_inputs, d_deltas, d
+
+
+def chunk_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gates: Gates,
-    weights: Sequence[Tensor],
-    momentum: Sequence[Tensor],
+    states: Sequence[Tensor],
     anchor: Sequence[Tensor],
     norm: Tensor | None,
     spec: MemorySpec,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """One chunk of M memories: q, k, v [M, c, ·] → the reads, and W and S after the chunk's last token."""
-    inputs, errors = _inner_errors(k, v, anchor, norm, spec)
-    out = _read(q, weights, momentum, inputs, errors, norm, gates, spec)
-    last_write, retain = gates.write[:, -1, :, None], gates.retain[:, -1, None, None]
-    new_weights, new_momentum = [], []
-    for i, weight in enumerate(weights):
-        kept = weight * retain
-        if momentum:
-            assert gates.carry is not None and gates.momentum_write is not None
-            kept = torch.addcmul(kept, momentum[i], gates.carry[:, -1, None, None])
-            decayed = momentum[i] * gates.momentum[:, -1, None, None]
-            last = errors[i] * gates.momentum_write[:, -1, :, None]
-            new_momentum.append(torch.baddbmm(decayed, inputs[i].mT, last, alpha=-1.0))
-        new_weights.append(torch.baddbmm(kept, inputs[i].mT, errors[i] * last_write, alpha=-1.0))
-    return out, new_weights, new_momentum
+) -> tuple[Tensor, list[Tensor], Chunk]:
+    """One chunk of M memories: q, k, v [M, c, ·], [W; S] and anchor of each layer, norm [M, 1, out] → reads, new [W; S].
 
-
-class Tokens:
-    """The token tensors of one call, head-major, from which steps take their chunks and into which they put results.
-
-    Dense: [B·H, T, ·], so that a chunk is a view. Ragged: [B·T, H, ·], and a chunk is gathered.
+    The third result is what :func:`chunk_backward` needs.
     """
-
-    def __init__(self, tensors: Sequence[Tensor | None], heads: int, dense: bool) -> None:
-        self.heads, self.dense = heads, dense
-        kind = compute_dtype(next(x for x in tensors if x is not None))
-        self.tensors = [None if x is None else self._lay(x.to(kind)) for x in tensors]
-
-    def _lay(self, x: Tensor) -> Tensor:
-        if self.dense:
-            return x.movedim(2, 1).flatten(0, 1).contiguous()
-        return x.flatten(0, 1)
-
-    def take(self, x: Tensor | None, step: Step) -> Tensor | None:
-        """The chunk [rows·H, c, ·] of one laid-out tensor; zero in slots that hold no token, whatever the rest holds."""
-        if x is None:
-            return None
-        if step.span is not None:
-            return x[:, step.span[0] : step.span[1]]
-        assert step.index is not None and step.valid is not None
-        empty = ~step.valid[(...,) + (None,) * (x.dim() - 1)]
-        return x[step.index].masked_fill(empty, 0.0).movedim(2, 1).flatten(0, 1)
-
-    def put(self, out: Tensor, chunk: Tensor, step: Step) -> None:
-        """Write a chunk [rows·H, c, ·] to its place in ``out``, laid out like the inputs."""
-        if step.span is not None:
-            out[:, step.span[0] : step.span[1]] = chunk
-            return
-        assert step.index is not None and step.valid is not None
-        own = chunk.unflatten(0, (step.rows, self.heads)).movedim(1, 2)
-        out[step.index[step.valid]] = own[step.valid]
-
-    def empty(self, width: int | None, like: Tensor) -> Tensor:
-        """An output laid out like the inputs, every element to be written."""
-        return like.new_empty(*like.shape[:2], *(() if width is None else (width,)))
-
-    def restore(self, x: Tensor, batch: int) -> Tensor:
-        """Back to [B, T, H, ·]."""
-        if self.dense:
-            return x.unflatten(0, (batch, self.heads)).movedim(1, 2)
-        return x.unflatten(0, (batch, -1))
+    errors = inner_pass(k, v, anchor, norm, spec)
+    out, read = read_pass(q, states, errors, norm, gates, spec)
+    return out, update(states, errors, gates), Chunk(errors, read, list(states), anchor, gates)
 
 
-def segment(
-    chunks: Sequence[Sequence[Tensor | None]],
-    carry: Carry,
-    norm: Tensor | None,
-    steps: Sequence[Step],
-    spec: MemorySpec,
-    heads: int,
-) -> tuple[list[Tensor], Carry]:
-    """Run ``steps`` on their token ``chunks``; returns the reads, and W, S and anchor [rows·H, ·, ·] after them.
+@dataclass
+class ChunkGradients:
+    """Of q, k, v, the states before the chunk, the anchor, norm [M, 1, out] and the gates' coefficients."""
 
-    Rows that end inside the segment keep the carry of their own last step.
-    """
-    weights, momentum, anchor = carry
-    scale = None if norm is None else norm.repeat(len(weights[0]) // heads, 1).unsqueeze(1)
-    done: list[tuple[list[Tensor], ...]] = []
-    outputs = []
-    for step, (q, k, v, theta, log_retain, log_momentum) in zip(steps, chunks, strict=True):
-        active = step.rows * heads
-        if active < len(weights[0]):
-            done.append(tuple([x[active:] for x in part] for part in (weights, momentum, anchor)))
-            weights, momentum, anchor = ([x[:active] for x in part] for part in (weights, momentum, anchor))
-        assert q is not None and k is not None and v is not None and theta is not None
-        valid = None if step.valid is None else step.valid.repeat_interleave(heads, 0)
-        gates = Gates(theta, log_retain, log_momentum, valid, shift=not spec.read_after_write)
-        out, weights, momentum = chunk_step(
-            q, k, v, gates, weights, momentum, anchor, None if scale is None else scale[:active], spec
-        )
-        outputs.append(out)
-        if isinstance(step.ended, bool):
-            anchor = weights if step.ended else anchor
-        else:
-            ended = step.ended.repeat_interleave(heads)[:, None, None]
-            anchor = [torch.where(ended, w, x) for w, x in zip(weights, anchor, strict=True)]
-    parts = [(weights, momentum, anchor), *reversed(done)]
-    whole = [
-        [torch.cat(xs) if done else xs[0] for xs in zip(*group, strict=True)] for group in zip(*parts, strict=True)
-    ]
-    return outputs, (whole[0], whole[1], whole[2])
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    states: list[Tensor]
+    anchor: list[Tensor]
+    norm: Tensor | None
+    gates: GateGradients
+
+
+def chunk_backward(
+    c: Chunk, d_out: Tensor, d_new: Sequence[Tensor], q: Tensor, norm: Tensor | None, spec: MemorySpec
+) -> ChunkGradients:
+    """Gradients of one chunk from those of its reads [M, c, out] and of the new [W; S]."""
+    d_states, d_inputs, d_deltas, last = update_backward(d_new, c)
+    d_q, more_inputs, more_deltas, d_norm, of_reads = read_pass_backward(
+        d_out, q, c.states, c.errors, c.read, norm, c.gates, d_states, spec
+    )
+    for held, more in zip(d_inputs + d_deltas, more_inputs + more_deltas, strict=True):
+        held += more
+    d_k, d_v, d_anchor, more_norm = inner_pass_backward(c.errors, d_inputs, d_deltas, c.anchor, norm, spec)
+    if d_norm is not None and more_norm is not None:
+        d_norm += more_norm
+    names = ("last_write", "last_retain", "last_carry", "last_momentum_write", "last_inertia")
+    gates = GateGradients(*of_reads, *(last.get(name) for name in names))  # type: ignore[arg-type]
+    return ChunkGradients(d_q, d_k, d_v, d_states, d_anchor, d_norm, gates)

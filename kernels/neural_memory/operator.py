@@ -1,16 +1,23 @@
-"""The registered operator ``palimpsest::neural_memory``: forward with kept states, backward by replay of segments."""
+"""The registered operator ``palimpsest::neural_memory``: forward with kept states, backward by replay of segments.
 
-from collections.abc import Sequence
+Memory: the forward keeps W and S every G chunks, and nothing else but its inputs; the backward replays G chunks at a
+time. That is O(tokens) for the inputs and their gradients, plus one state every G chunks.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..check import compute_dtype
-from ..op import flop_formula, recording
-from .chunked import Carry, Tokens, segment
+from ..op import flop_formula
+from ..operator import absent, operator
+from .chunked import Chunk, chunk_backward, chunk_forward
 from .cost import matmul_flops
-from .schedule import make_schedule
+from .gates import gates_backward, make_gates
+from .schedule import Step, make_schedule
 from .spec import MemorySpec
+from .tokens import Tokens
 
 
 def segment_chunks(spec: MemorySpec, shapes: Sequence[Sequence[int]]) -> int:
@@ -30,61 +37,109 @@ def checkpoint_rows(batch: int, length: int, rows: int, chunk: int, every: int, 
     return batch * max(0, (-(-length // chunk) - 1) // every)
 
 
-def _initial(
-    weights: Sequence[Tensor], state: Sequence[Tensor], rows: int, spec: MemorySpec, kind: torch.dtype
-) -> Carry:
-    """W, S and anchor as [rows·H, in, out], in the caller's order of rows."""
-    n = spec.layers
-    if state:
-        flat = [x.to(kind).flatten(0, 1) for x in state]
-        return flat[:n], flat[n:-n], flat[-n:]
-    start = [w.to(kind).repeat(rows, 1, 1) for w in weights]
-    return start, [torch.zeros_like(w) for w in start] if spec.has_momentum else [], start
-
-
-def _reorder(x: Tensor, order: Tensor | None, heads: int, back: bool = False) -> Tensor:
-    """[N·H, ·, ·] with its rows taken in ``order``, or put back from it."""
-    if order is None:
-        return x
-    own = x.unflatten(0, (-1, heads))
-    return (torch.empty_like(own).index_copy(0, order, own) if back else own[order]).flatten(0, 1)
+def _checkpoint_slots(
+    q: Tensor, weights: Sequence[Tensor], position: Tensor | None, cu_seqlens: Tensor | None, spec: MemorySpec
+) -> int:
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    every = segment_chunks(spec, [w.shape for w in weights])
+    ragged = position is not None or cu_seqlens is not None
+    return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.chunk_size, every, ragged)
 
 
 class _Call:
-    """What forward and backward both need of one call: the schedule, the laid-out tokens, the segments."""
+    """What forward and backward both need of one call: schedule, laid-out tokens, the states, the segments."""
 
     def __init__(
         self,
         tokens: Sequence[Tensor | None],
         weights: Sequence[Tensor],
+        norm: Tensor | None,
+        state: Sequence[Tensor],
         position: Tensor | None,
         cu_seqlens: Tensor | None,
         spec: MemorySpec,
     ) -> None:
         q = tokens[0]
         assert q is not None
-        self.batch, self.length, self.heads = q.shape[:3]
-        self.rows = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.schedule = make_schedule(self.batch, self.length, spec.chunk_size, position, cu_seqlens, q.device)
-        dense = all(step.span is not None for step in self.schedule.steps)
-        self.tokens = Tokens(tokens, self.heads, dense)
+        batch, length, self.heads = q.shape[:3]
+        self.spec, self.kind = spec, compute_dtype(q)
+        self.rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.schedule = make_schedule(batch, length, spec.chunk_size, position, cu_seqlens, q.device)
+        self.layout = Tokens(batch, self.heads, all(step.span is not None for step in self.schedule.steps))
+        self.tokens = [self.layout.lay(x, self.kind) for x in tokens]
+        self.norm = None if norm is None else norm.to(self.kind).repeat(self.rows, 1).unsqueeze(1)
+        self.weights, self.state = weights, state
         every = segment_chunks(spec, [w.shape for w in weights])
         steps = self.schedule.steps
         self.segments = [steps[i : i + every] for i in range(0, len(steps), every)]
 
-    def active(self, x: list[Tensor], steps: Sequence) -> list[Tensor]:
-        """The part of [N·H, ·, ·] tensors that takes part in ``steps``."""
-        return [y[: steps[0].rows * self.heads] for y in x]
+    def ordered(self, x: Tensor) -> Tensor:
+        """[N, H, ·, ·] → [N·H, ·, ·] with rows in the schedule's order."""
+        x = x.to(self.kind)
+        return (x if self.schedule.order is None else x[self.schedule.order]).flatten(0, 1)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`ordered`."""
+        x = x.unflatten(0, (self.rows, self.heads))
+        if self.schedule.order is None:
+            return x
+        return torch.empty_like(x).index_copy(0, self.schedule.order, x)
+
+    def split(self, state: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """A state's tensors (W, S if any, anchor of every layer; [N, H, ·, ·]) as [W; S] and anchor, [N·H, ·, ·]."""
+        n = self.spec.layers
+        flat = [self.ordered(x) for x in state]
+        if not self.spec.has_momentum:
+            return flat[:n], flat[n:]
+        return [torch.cat([w, s], 1) for w, s in zip(flat[:n], flat[n : 2 * n], strict=True)], flat[2 * n :]
+
+    def join(self, states: Sequence[Tensor], anchor: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of :meth:`split`; every tensor its own."""
+        n, widths = self.spec.layers, [w.shape[-2] for w in self.weights]
+        parts = [x[:, :a] for x, a in zip(states, widths, strict=True)]
+        if self.spec.has_momentum:
+            parts += [x[:, a:] for x, a in zip(states, widths, strict=True)]
+        assert len(parts) % n == 0
+        return [self.restored(x).clone(memory_format=torch.contiguous_format) for x in [*parts, *anchor]]
+
+    def initial(self) -> tuple[list[Tensor], list[Tensor]]:
+        """[W; S] and anchor where the call begins."""
+        if self.state:
+            return self.split(self.state)
+        start = [w.to(self.kind).repeat(self.rows, 1, 1) for w in self.weights]
+        if not self.spec.has_momentum:
+            return start, start
+        return [torch.cat([w, torch.zeros_like(w)], 1) for w in start], start
+
+    def run(
+        self, steps: Sequence[Step], states: list[Tensor], anchor: list[Tensor]
+    ) -> Iterator[tuple[Step, Tensor, list[Tensor], list[Tensor], Chunk]]:
+        """Run ``steps``; after each, yields it, its reads, and [W; S] and anchor of its active rows."""
+        for step in steps:
+            active = step.rows * self.heads
+            states, anchor = [x[:active] for x in states], [x[:active] for x in anchor]
+            q, k, v, theta, log_retain, log_momentum = (self.layout.take(x, step) for x in self.tokens)
+            assert q is not None and k is not None and v is not None and theta is not None
+            valid = None if step.valid is None else step.valid.repeat_interleave(self.heads, 0)
+            gates = make_gates(theta, log_retain, log_momentum, valid, shift=not self.spec.read_after_write)
+            scale = None if self.norm is None else self.norm[:active]
+            out, states, chunk = chunk_forward(q, k, v, gates, states, anchor, scale, self.spec)
+            ended = self.ended(step)
+            now = [x[:, : w.shape[-2]] for x, w in zip(states, self.weights, strict=True)]
+            if ended is True:
+                anchor = now
+            elif ended is not False:
+                anchor = [torch.where(ended, w, x) for w, x in zip(now, anchor, strict=True)]
+            yield step, out, states, anchor, chunk
+
+    def ended(self, step: Step) -> bool | Tensor:
+        """Whether the step completes its chunk: for all rows, or bool [rows·H, 1, 1]."""
+        if isinstance(step.ended, bool):
+            return step.ended
+        return step.ended.repeat_interleave(self.heads)[:, None, None]
 
 
-def _update(whole: list[Tensor], part: list[Tensor]) -> list[Tensor]:
-    """``whole`` with its first rows replaced by ``part``."""
-    return [
-        new if len(new) == len(old) else torch.cat([new, old[len(new) :]]) for old, new in zip(whole, part, strict=True)
-    ]
-
-
-@torch.library.custom_op("palimpsest::neural_memory", mutates_args=())
+@operator("neural_memory")
 def neural_memory_op(
     q: Tensor,
     k: Tensor,
@@ -100,47 +155,33 @@ def neural_memory_op(
     spec: str,
     keep: bool,
 ) -> list[Tensor]:
-    """[o, final W, S and anchor of each layer, position, and with ``keep`` the kept W and S of each layer]."""
+    """[o, final W, S and anchor of each layer, position, and with ``keep`` the kept [W; S] of each layer]."""
     what = MemorySpec.decode(spec)
-    kind = compute_dtype(q)
-    call = _Call((q, k, v, step, log_retain, log_momentum), weights, position, cu_seqlens, what)
-    order, heads = call.schedule.order, call.heads
-    start = _initial(weights, state, call.rows, what, kind)
-    carry: Carry = tuple([_reorder(x, order, heads) for x in part] for part in start)  # type: ignore[assignment]
-    laid_v = call.tokens.tensors[2]
+    call = _Call((q, k, v, step, log_retain, log_momentum), weights, norm, state, position, cu_seqlens, what)
+    states, anchor = call.initial()
+    final, final_anchor = [x.clone() for x in states], [x.clone() for x in anchor]
+    laid_v = call.tokens[2]
     assert laid_v is not None
     o = torch.empty_like(laid_v)
     slots = _checkpoint_slots(q, weights, position, cu_seqlens, what) if keep else 0
-    copies = 2 if what.has_momentum else 1
     # Zeros, because the count is only a bound for ragged rows and an operator's output must repeat.
-    saved = [w.new_zeros((slots, *w.shape), dtype=kind) for w in list(weights) * copies]
+    kept = [x.new_zeros((slots, call.heads, *x.shape[1:])) for x in states]
     filled = 0
-    scale = None if norm is None else norm.to(kind)
     for i, steps in enumerate(call.segments):
-        entering = [call.active(part, steps) for part in carry]
         if keep and i:
-            for slot, x in zip(saved, entering[0] + entering[1], strict=True):
-                slot[filled : filled + steps[0].rows] = x.unflatten(0, (-1, heads))
-            filled += steps[0].rows
-        chunks = [[call.tokens.take(x, s) for x in call.tokens.tensors] for s in steps]
-        outputs, leaving = segment(chunks, (entering[0], entering[1], entering[2]), scale, steps, what, heads)
-        for s, out in zip(steps, outputs, strict=True):
-            call.tokens.put(o, out, s)
-        carry = tuple(_update(old, new) for old, new in zip(carry, leaving, strict=True))  # type: ignore[assignment]
-    final = [_reorder(x, order, heads, back=True).unflatten(0, (-1, heads)) for part in carry for x in part]
-    out = call.tokens.restore(o, call.batch).to(v.dtype).contiguous()
-    # A tensor returned must be no other's alias, and no input's.
-    owned = [x.clone(memory_format=torch.contiguous_format) for x in final]
-    return [out, *owned, call.schedule.position, *saved]
-
-
-def _checkpoint_slots(
-    q: Tensor, weights: Sequence[Tensor], position: Tensor | None, cu_seqlens: Tensor | None, spec: MemorySpec
-) -> int:
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    every = segment_chunks(spec, [w.shape for w in weights])
-    ragged = position is not None or cu_seqlens is not None
-    return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.chunk_size, every, ragged)
+            rows = steps[0].rows
+            for slot, x in zip(kept, states, strict=True):
+                slot[filled : filled + rows] = x[: rows * call.heads].unflatten(0, (rows, call.heads))
+            filled += rows
+        for s, out, new_states, new_anchor, _ in call.run(steps, states, anchor):
+            states, anchor = new_states, new_anchor
+            call.layout.put(o, out, s)
+            if call.schedule.order is not None:  # rows may end at any step
+                for whole, x in zip(final + final_anchor, states + anchor, strict=True):
+                    whole[: len(x)] = x
+    if call.schedule.order is None:
+        final, final_anchor = states, anchor
+    return [call.layout.restore(o).to(v.dtype), *call.join(final, final_anchor), call.schedule.position, *kept]
 
 
 @neural_memory_op.register_fake
@@ -151,7 +192,7 @@ def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, c
     parts = 3 if what.has_momentum else 2
     final = [w.new_empty((rows, *w.shape), dtype=kind) for w in list(weights) * parts]
     slots = _checkpoint_slots(q, weights, position, cu_seqlens, what) if keep else 0
-    saved = [w.new_empty((slots, *w.shape), dtype=kind) for w in list(weights) * (parts - 1)]
+    saved = [w.new_empty((slots, w.shape[0], w.shape[1] * (parts - 1), w.shape[2]), dtype=kind) for w in weights]
     return [
         torch.empty_like(v, memory_format=torch.contiguous_format),
         *final,
@@ -160,7 +201,7 @@ def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, c
     ]
 
 
-@torch.library.custom_op("palimpsest::neural_memory_backward", mutates_args=())
+@operator("neural_memory_backward")
 def neural_memory_backward_op(
     grad_o: Tensor,
     grad_state: Sequence[Tensor],
@@ -178,76 +219,88 @@ def neural_memory_backward_op(
     kept: Sequence[Tensor],
     spec: str,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, step, log_retain, log_momentum, norm (empty where None), then of weights or of the state."""
+    """Gradients of q, k, v, step, log_retain, log_momentum, norm (empty where None), then of the state or, without
+    one, of the weights."""
     what = MemorySpec.decode(spec)
-    kind = compute_dtype(q)
-    n, inputs = what.layers, (q, k, v, step, log_retain, log_momentum)
-    call = _Call(inputs, weights, position, cu_seqlens, what)
-    order, heads, take = call.schedule.order, call.heads, call.tokens.take
-    laid = call.tokens.tensors
-    grads = [None if x is None else torch.empty_like(x) for x in laid]
-    laid_o = Tokens([grad_o.to(kind)], heads, call.tokens.dense).tensors[0]
-    d_carry = [_reorder(x.to(kind).flatten(0, 1), order, heads) for x in grad_state]
-    d_norm = None if norm is None else torch.zeros_like(norm, dtype=kind)
-    start = _initial(weights, state, call.rows, what, kind)
-    first: Carry = tuple([_reorder(x, order, heads) for x in part] for part in start)  # type: ignore[assignment]
+    inputs = (q, k, v, step, log_retain, log_momentum)
+    call = _Call(inputs, weights, norm, state, position, cu_seqlens, what)
+    grads = [None if x is None else torch.empty_like(x) for x in call.tokens]
+    d_reads = call.layout.lay(grad_o, call.kind)
+    d_states, d_anchor = call.split([x.clone() for x in grad_state])  # carried back in place
+    d_norm = None if norm is None else torch.zeros_like(norm, dtype=call.kind)
+    states, anchor = call.initial()
+    widths = [w.shape[-2] for w in weights]
     end = sum(steps[0].rows for steps in call.segments[1:])
     for i, steps in reversed(list(enumerate(call.segments))):
         if i:
-            begin = end - steps[0].rows
-            both = [x[begin:end].flatten(0, 1) for x in kept]
-            end = begin
-            entering: Carry = (both[:n], both[n:], both[:n])
+            begin, end = end - steps[0].rows, end - steps[0].rows
+            held = [x[begin : begin + steps[0].rows].flatten(0, 1) for x in kept]
+            replayed = list(call.run(steps, held, [x[:, :a] for x, a in zip(held, widths, strict=True)]))
         else:
-            entering = tuple(call.active(part, steps) for part in first)  # type: ignore[assignment]
-        leaves: list = [[_leaf(x) for x in part] for part in entering]
-        chunks = [[_leaf(take(x, s)) for x in laid] for s in steps]
-        scale = None if norm is None else _leaf(norm.to(kind))
-        with recording():
-            outputs, leaving = segment(chunks, (leaves[0], leaves[1], leaves[2]), scale, steps, what, heads)
-        flat_leaves = [x for part in leaves for x in part]
-        wanted = (
-            [x for chunk in chunks for x in chunk if x is not None] + flat_leaves + ([] if scale is None else [scale])
-        )
-        d_leaving = call.active(d_carry, steps)
-        found = iter(
-            torch.autograd.grad(
-                outputs + [x for part in leaving for x in part],
-                wanted,
-                [take(laid_o, s) for s in steps] + d_leaving,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-        for s, chunk in zip(steps, chunks, strict=True):
-            for grad, x in zip(grads, chunk, strict=True):
-                if x is not None:
-                    assert grad is not None
-                    call.tokens.put(grad, next(found), s)
-        d_carry = _update(d_carry, [next(found) for _ in flat_leaves])
-        if d_norm is not None:
-            d_norm += next(found)
-    return _return_gradients(call, inputs, grads, d_norm, norm, d_carry, weights, state, n)
+            replayed = list(call.run(steps, states, anchor))
+        while replayed:
+            s, _, _, _, chunk = replayed.pop()
+            more = _step_backward(call, s, chunk, d_reads, d_states, d_anchor, grads)
+            if d_norm is not None and more is not None:
+                d_norm += more
+    return _lay_out(call, inputs, grads, d_norm, norm, d_states, d_anchor)
 
 
-def _leaf(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().requires_grad_()
+def _step_backward(
+    call: _Call,
+    step: Step,
+    chunk: Chunk,
+    d_reads: Tensor | None,
+    d_states: list[Tensor],
+    d_anchor: list[Tensor],
+    grads: Sequence[Tensor | None],
+) -> Tensor | None:
+    """The backward of one step: writes the tokens' gradients, carries ``d_states`` and ``d_anchor`` back in place, and
+    returns the gradient of norm [H, out]."""
+    active = step.rows * call.heads
+    now, ended = [x[:active] for x in d_states], call.ended(step)
+    for d_state, d_held, weight in zip(now, d_anchor, call.weights, strict=True):
+        if ended is not False:  # a completed chunk's weights became the anchor
+            moved = d_held[:active] if ended is True else d_held[:active] * ended
+            d_state[:, : weight.shape[-2]] += moved
+            d_held[:active] -= moved.clone()
+    q, _, _, theta, log_retain, log_momentum = (call.layout.take(x, step) for x in call.tokens)
+    d_out = call.layout.take(d_reads, step)
+    assert q is not None and theta is not None and d_out is not None
+    scale = None if call.norm is None else call.norm[:active]
+    d = chunk_backward(chunk, d_out, now, q, scale, call.spec)
+    of_gates = gates_backward(chunk.gates, d.gates, theta, log_retain, log_momentum)
+    for grad, part in zip(grads, (d.q, d.k, d.v, *of_gates), strict=True):
+        if grad is not None and part is not None:
+            call.layout.put(grad, part, step)
+    for whole, part in zip(d_states, d.states, strict=True):
+        whole[:active] = part
+    for whole, part in zip(d_anchor, d.anchor, strict=True):
+        whole[:active] += part
+    return None if d.norm is None else d.norm.unflatten(0, (step.rows, call.heads)).sum((0, 2))
 
 
-def _return_gradients(call, inputs, grads, d_norm, norm, d_carry, weights, state, n):  # type: ignore[no-untyped-def]
-    """Lay the gradients out as the inputs were, in the order the backward operator documents."""
-    none = inputs[0].new_empty(0)
-    out = [
-        none.clone() if x is None else call.tokens.restore(g, call.batch).to(x.dtype).contiguous()
-        for x, g in zip(inputs, grads, strict=True)
-    ]
-    out.append(none.clone() if norm is None else d_norm.to(norm.dtype))
-    final = [_reorder(x, call.schedule.order, call.heads, back=True).unflatten(0, (-1, call.heads)) for x in d_carry]
-    if state:
-        return out + [
-            x.to(s.dtype).clone(memory_format=torch.contiguous_format) for x, s in zip(final, state, strict=True)
-        ]
-    return out + [(a + b).sum(0).to(w.dtype) for a, b, w in zip(final[:n], final[-n:], weights, strict=True)]
+def _lay_out(
+    call: _Call,
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    d_norm: Tensor | None,
+    norm: Tensor | None,
+    d_states: list[Tensor],
+    d_anchor: list[Tensor],
+) -> list[Tensor]:
+    """The gradients in the layouts and dtypes of the inputs, in the order the backward operator documents."""
+    out = []
+    for x, grad in zip(inputs, grads, strict=True):
+        out.append(absent(call.weights[0]) if x is None or grad is None else call.layout.restore(grad).to(x.dtype))
+    out.append(absent(call.weights[0]) if norm is None or d_norm is None else d_norm.to(norm.dtype))
+    if call.state:
+        found = call.join(d_states, d_anchor)
+        return out + [x.to(s.dtype) for x, s in zip(found, call.state, strict=True)]
+    for d_state, d_held, w in zip(d_states, d_anchor, call.weights, strict=True):
+        both = d_state[:, : w.shape[-2]] + d_held
+        out.append(both.unflatten(0, (call.rows, call.heads)).sum(0).to(w.dtype))
+    return out
 
 
 @neural_memory_backward_op.register_fake
@@ -255,11 +308,13 @@ def _(
     grad_o, grad_state, q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, kept, spec
 ):  # type: ignore[no-untyped-def]
     shaped = [q, k, v, step, log_retain, log_momentum, norm, *(state or weights)]
-    return [q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in shaped]
+    return [
+        absent(weights[0]) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in shaped
+    ]
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, keep = inputs
+    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, _ = inputs
     what = MemorySpec.decode(spec)
     finals = what.layers * (3 if what.has_momentum else 2)
     kept = output[2 + finals :]
@@ -271,7 +326,7 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grads):  # type: ignore[no-untyped-def]
     q, k, v, step, log_retain, log_momentum, norm, position, cu_seqlens, *rest = ctx.saved_tensors
-    n_weights, n_state, finals, n_kept = ctx.counts
+    n_weights, n_state, finals, _ = ctx.counts
     weights, state, kept = rest[:n_weights], rest[n_weights : n_weights + n_state], rest[n_weights + n_state :]
     found = neural_memory_backward_op(
         grads[0],

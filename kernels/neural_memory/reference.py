@@ -4,6 +4,8 @@ This is the judge of every other implementation. It is slow, differentiable to a
 input's accumulations (float64 in, float64 throughout).
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def neural_memory(
         o, final = _run(tokens, scale, state, spec)
         return o.to(v.dtype), final
     parts = []
-    for n, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for n, (start, end) in enumerate(pairwise(borders)):
         own = {key: x[n : n + 1] for key, x in state.items()}
         parts.append(_run(tuple(x[:, start:end] for x in tokens), scale, own, spec))
     final = {key: torch.cat([part[key] for _, part in parts]) for key in state}

@@ -5,6 +5,7 @@ the work is proportional to the tokens, however unequal the lengths are.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,10 +39,7 @@ class Schedule:
 def dense_schedule(batch: int, length: int, chunk: int, start: int, device: torch.device) -> Schedule:
     """All rows of one length, at one position ``start`` inside their chunk: plain slices."""
     borders = [0, *range(min(chunk - start, length), length, chunk), length] if length else [0]
-    steps = [
-        Step(batch, None, None, (a, b), (start + b) % chunk == 0)
-        for a, b in zip(borders[:-1], borders[1:], strict=True)
-    ]
+    steps = [Step(batch, None, None, (a, b), (start + b) % chunk == 0) for a, b in pairwise(borders)]
     position = torch.full((batch,), (start + length) % chunk, dtype=torch.int32, device=device)
     return Schedule(steps, None, position)
 

@@ -1,6 +1,7 @@
 """What a neural memory is: a frozen, hashable description that selects the function an operation computes."""
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 NETWORKS = ("linear", "mlp")
 BIASES = ("l2", "dot")
@@ -87,7 +88,7 @@ class MemorySpec:
         """Shapes [H, in, out] of W1 … Wn for keys of ``key_dim`` and values of ``value_dim``."""
         hidden = self.expansion * key_dim
         widths = [key_dim] + [hidden] * (self.layers - 1) + [value_dim]
-        return [(heads, a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        return [(heads, a, b) for a, b in pairwise(widths)]
 
     def encode(self) -> str:
         """One line that a registered operator can take as an argument; see :meth:`decode`."""
