@@ -23,13 +23,15 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _booleans_are_not_numbers(cls, value: Any, info: Any) -> Any:
-        kind = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)} and bool not in {kind, *get_args(kind)}:
-            raise ValueError("it must be a number")
-        return value
+    def _booleans_are_not_numbers(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            field = cls.model_fields.get(name)
+            kinds = set() if field is None else {field.annotation, *get_args(field.annotation)}
+            if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name} was {value}; it must be a number")
+        return data
 
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -198,9 +200,11 @@ def _explain(section: type[BaseModel], data: Any, prefix: str, fault: ErrorDetai
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kinds = [str(model.model_fields["kind"].default) for model in _descend(section, location)]
         was = was.get("kind") if isinstance(was, Mapping) else was
+        if was is None:
+            return f"{place}.kind is missing; it must be one of {', '.join(kinds)}"
         return f"{place}.kind was {was!r}; it must be one of {', '.join(kinds)}; {_nearest(was, kinds)}"
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
-    return message if fault["type"] == "value_error" and " was " in message else f"{place} was {was!r}; {message}"
+    return f"{place}: {message}" if " was " in message else f"{place} was {was!r}; {message}"
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -346,6 +350,8 @@ class ModelConfig(Strict):
     @field_validator("mixer", mode="before")
     @classmethod
     def _one_mixer_is_a_list(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping | BaseModel | list | tuple):
+            raise ValueError(f"mixer was {value!r}; it must be a section with a kind, or a list of such sections")
         return [value] if isinstance(value, Mapping | BaseModel) else value
 
     @model_validator(mode="after")

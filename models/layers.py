@@ -1,5 +1,6 @@
 """The small parts every block is made of: linear maps, norms, the gated MLP, rotary embedding."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -8,6 +9,18 @@ from torch.nn import functional as F
 
 from ..kernels import rms_norm
 from ..kernels.packing import document_of
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device; None where it is off (and on meta, which it does not know)."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast leaves products alone."""
+    on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class Linear(nn.Linear):

@@ -19,7 +19,7 @@ from ..configs import find_config
 from ..kernels import linear_cross_entropy
 from .block import Block
 from .config import ConfigError, ModelConfig, apply_overrides, load_yaml, validate
-from .layers import Embedding, Linear, RMSNorm
+from .layers import Embedding, Linear, RMSNorm, autocast_dtype
 from .mixers import LayerState
 from .state import State
 
@@ -123,8 +123,8 @@ class MemoryLM(nn.Module):
 
     def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         weight = self._head_weight()
-        if torch.is_autocast_enabled(x.device.type):  # autocast does not see into a registered operation
-            kind = torch.get_autocast_dtype(x.device.type)
+        kind = autocast_dtype(x.device)
+        if kind is not None:  # autocast does not see into a registered operation
             x, weight = x.to(kind), weight.to(kind)
         z_loss = self.config.z_loss if reduction == "sum" else 0.0
         return linear_cross_entropy(
@@ -145,15 +145,16 @@ class MemoryLM(nn.Module):
         return State(layers, torch.zeros(batch, dtype=torch.int64, device=weight.device), self.fingerprint)
 
     def _check(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, targets: Tensor | None) -> None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens was {tokens.dtype} {tuple(tokens.shape)}; it must be torch.int64 [B, T]")
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():
+            was = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise ValueError(f"tokens was {was}; it must be torch.int64 [B, T] with at least one token")
         if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
             was = f"{targets.dtype} {tuple(targets.shape)}"
             raise ValueError(f"targets was {was}; it must be torch.int64 {tuple(tokens.shape)}, like tokens")
         if cu_seqlens is not None and (tokens.shape[0] != 1 or cu_seqlens.dtype != torch.int32):
             was = f"{cu_seqlens.dtype} with B = {tokens.shape[0]}"
             raise ValueError(f"cu_seqlens was {was}; it must be torch.int32 with B = 1")
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"tokens ran from {low} to {high}; it must lie in [0, {self.config.vocab_size})")
@@ -191,7 +192,7 @@ class MemoryLM(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of one token's forward and backward at a context of ``seq_len``, as registered."""
-        return _flops(self.config, seq_len) / seq_len
+        return _flops(self.config.model_dump_json(), seq_len) / seq_len
 
     def save(self, folder: str | Path, run_config: dict[str, Any] | None = None) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each whole or not at all."""
@@ -206,9 +207,9 @@ class MemoryLM(nn.Module):
 
 
 @lru_cache(maxsize=32)
-def _flops(config_text: ModelConfig, seq_len: int) -> int:
+def _flops(config: str, seq_len: int) -> int:
     with torch.device("meta"):
-        model = MemoryLM(config_text)
+        model = MemoryLM(ModelConfig.model_validate_json(config))
         tokens = torch.zeros(1, seq_len, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         loss = model(tokens, targets=tokens).loss
@@ -236,6 +237,9 @@ def build(config: str | Path | dict[str, Any] | ModelConfig, **overrides: Any) -
         content: dict[str, Any] = {"model": config.model_dump(exclude_unset=True)}
     else:
         content = config if isinstance(config, dict) else load_yaml(find_config(config))
+    for key in overrides:
+        if key.split(".")[0] != "model":
+            raise ConfigError(f"override was {key!r}; it must be a key of the model, like 'model.dim'")
     content = apply_overrides(content, overrides)
     if "model" not in content:
         raise ConfigError(f"model is missing among {sorted(content)}; it must be given")

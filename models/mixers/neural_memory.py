@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...kernels import l2_norm, neural_memory, neural_memory_read, neural_memory_state, short_conv
 from ..config import MemoryConfig, ModelConfig
-from ..layers import Linear, RMSNorm
+from ..layers import Linear, RMSNorm, full_precision
 from .mixer import LayerState, Mixer
 
 
@@ -55,7 +55,7 @@ class MemoryGates(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x [B, T, dim] → θ, log a, log η, each [B, T, H] in float32 (float64 for float64 x); None where unused."""
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             parts = list(F.linear(x.to(kind), self.proj.weight.to(kind)).split(self.memory.heads, dim=-1))
             step = torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * (
                 self.memory.step_max / self.memory.chunk_size
