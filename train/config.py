@@ -70,7 +70,7 @@ class TrainConfig(Strict):
     keep_last: Count = 2
     """How many checkpoints stay."""
     resume: str = "auto"
-    """auto: from the run folder's newest sound checkpoint; never: only in a new folder; else the path of a checkpoint."""
+    """auto: from the run folder's newest sound checkpoint; never: only a new folder; else a checkpoint's path."""
     max_bad_steps: Count = 5
     """Consecutive steps with a non-finite loss or gradient, each of them skipped, after which training stops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -86,9 +86,8 @@ class TrainConfig(Strict):
                 f"train.warmup_steps was {self.warmup_steps}; it must be at most train.steps = {self.steps}"
             )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size was {self.micro_batch_size}; it must divide train.batch_size = {self.batch_size}"
-            )
+            size = self.micro_batch_size
+            raise ValueError(f"train.micro_batch_size was {size}; it must divide train.batch_size = {self.batch_size}")
         if max(self.betas) >= 1:
             raise ValueError(f"train.betas was {list(self.betas)}; both must be less than 1")
         if self.fsdp_shard is not None and self.parallel != "fsdp":
@@ -160,7 +159,7 @@ FREE = frozenset(
     | {f"train.{key}" for key in ("validate_every", "validation_batches", "checkpoint_every", "keep_last")}
     | {"train.max_bad_steps", "data.folder", "name"}
 )
-"""Keys that may change between two starts of one run, with all of ``eval``: they say how and where, not what is learnt."""
+"""Keys that may change between starts of a run, with all of ``eval``: they say how and where, not what is learnt."""
 
 
 def read_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -53,12 +53,12 @@ def start(device: str = "auto") -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device was 'cuda'; it must be 'cpu' or 'auto' on a machine without a GPU")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(where)
     owner = False
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         owner = True
     if dist.is_initialized():
@@ -160,18 +160,3 @@ def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
         return
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
         yield
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, the parameters of an FSDP model are whole in every process, for methods other than ``forward``."""
-    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.set_reshard_after_forward(module is not model, recurse=False)
-            module.reshard()

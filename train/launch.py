@@ -1,0 +1,119 @@
+"""From a config to what the loop works on: the run folder, the corpus, the model and its optimizer, the state."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models import MemoryLM, build
+from . import optim, parallel
+from .checkpoint import Checkpointer, ConfigMismatch, differences
+from .config import FREE, ConfigError, RunConfig, load_yaml, read_config
+from .data import Corpus, prepare
+from .parallel import World
+from .split import Split
+
+logger = logging.getLogger("palimpsest.train")
+
+
+def claim(folder: Path, config: RunConfig, world: World) -> None:
+    """Write config.yaml into a new run folder, or make sure that the one there means the same run.
+
+    Keys of ``FREE`` and ``eval`` may change between two starts; the file then follows.
+    """
+    path = folder / "config.yaml"
+    exists = parallel.broadcast(path.exists())
+    if exists:
+        if config.train.resume == "never":
+            raise ConfigError(f"train.resume was 'never', but {folder} holds a run; choose another train.out")
+        lines = differences(read_config(load_yaml(path)).plain(), config.plain())
+        fixed = [line for line in lines if not _is_free(line.split(":")[0])]
+        if fixed:
+            raise ConfigMismatch(
+                f"{folder} holds a run of another config; choose another train.out or the same config. "
+                f"Differing, there -> here: {'; '.join(fixed)}"
+            )
+        if lines:
+            logger.info("%s goes on with other settings: %s", folder, "; ".join(lines))
+    parallel.broadcast(None)  # all have compared before the first one writes
+    if world.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / ".config.yaml"
+        beside.write_text(config.to_yaml(), encoding="utf-8")
+        beside.replace(path)
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE or key.startswith("eval.")
+
+
+def origin(config: RunConfig) -> Path | None:
+    """The checkpoint that ``train.resume`` names, where a run folder that has none of its own starts from."""
+    given = config.train.resume
+    if given in ("auto", "never"):
+        return None
+    path = Path(given)
+    if not path.is_dir():
+        raise ConfigError(f"train.resume was {given!r}; it must be auto, never, or the folder of a checkpoint or run")
+    if (path / "checkpoints").is_dir():
+        newest = Checkpointer(path / "checkpoints").latest_valid()
+        if newest is None:
+            raise ConfigError(f"train.resume was {given!r}; that run has no sound checkpoint")
+        return newest
+    return path
+
+
+def corpus(config: RunConfig, world: World) -> Corpus:
+    """The tokenised corpus: the first process makes or verifies it, the others open what it left."""
+    corpus = prepare(config.data) if world.first else None
+    parallel.broadcast(None)
+    corpus = corpus or prepare(config.data, verify=False)
+    vocabulary = corpus.tokenizer.vocab_size
+    if config.model.vocab_size < vocabulary:
+        raise ConfigError(
+            f"model.vocab_size was {config.model.vocab_size}; it must be at least {vocabulary}, "
+            f"the number of ids of data.tokenizer {config.data.tokenizer!r}"
+        )
+    corpus.split("train").windows(config.train.seq_len)  # refuses a corpus that is too short
+    return corpus
+
+
+def validation(corpus: Corpus, config: RunConfig) -> Split | None:
+    """The held-out split when it is wanted, long enough for one window."""
+    if not config.train.validate_every or not config.data.validation_fraction:
+        logger.info("no validation: train.validate_every or data.validation_fraction is 0")
+        return None
+    split = corpus.split("validation")
+    split.windows(config.train.seq_len)
+    return split
+
+
+def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.optim.Optimizer]:
+    """(the model, the model as the loop calls it, the optimizer); the seed's weights are the same in every process."""
+    settings = config.train
+    torch.manual_seed(config.seed)
+    core = build(config.plain()).to(world.device)
+    if settings.activation_checkpointing:
+        parallel.checkpoint_blocks(core.blocks)
+    if settings.compile:
+        for block in core.blocks:
+            block.compile()
+    model = parallel.distribute(core, core.blocks, settings.parallel, world, settings.fsdp_shard)
+    optimizer = optim.adamw(
+        model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    return core, model, optimizer
+
+
+def restore(
+    saver: Checkpointer, path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus
+) -> int:
+    """Load a checkpoint, if there is one. Returns its step; 0 for a fresh start."""
+    if path is None:
+        return 0
+    extra = saver.restore(path, model, optimizer)
+    if extra["corpus"] != corpus.checksum:
+        logger.warning("the corpus is not the one of %s: the run goes on, but not as it would have", path)
+    logger.info("going on after step %d, from %s", extra["step"], path)
+    return extra["step"]

@@ -1,0 +1,322 @@
+"""The training loop, from a config to a run folder.
+
+    runs/<name>/config.yaml         the resolved configuration, written first
+                metrics.jsonl       a line per logged step; tensorboard/ has the same numbers
+                checkpoints/        step-000200/ … the last few, to go on from
+                model.safetensors   the weights, with config.json, when training ends or is asked to stop
+
+Update ``step`` (1 … steps) depends on the weights, the optimizer's state and ``step`` alone: the batch, the learning
+rate and the random seed are functions of it. So a run that is killed and started again by the same command restores the
+newest sound checkpoint, cuts the metrics back to it, and repeats the lost steps bit for bit.
+
+The loss is a mean over the valid targets of the whole global batch: each micro batch's *sum* is divided by the number
+that all micro batches of all processes hold, so uneven ones weigh as they should in the gradient.
+"""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from typing_extensions import Self
+
+from ..models import MemoryLM, build
+from . import launch, optim, parallel
+from .checkpoint import Checkpointer, step_of
+from .config import RunConfig
+from .data import Corpus
+from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory
+from .parallel import World
+from .split import IGNORE, Batch, Split, derive
+
+logger = logging.getLogger("palimpsest.train")
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite; the message names them."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a call of :func:`train` ended: ``complete``, or ``stopped`` by SIGTERM or SIGINT (then run it again)."""
+
+    folder: Path
+    status: str
+    step: int
+    resumed_from: int
+    loss: float | None
+    validation_loss: float | None
+    seconds: float
+
+
+def train(config: RunConfig, listener: Callable[[Record], None] | None = None) -> Summary:
+    """Train, or go on training, until ``train.steps`` updates are done; called by every process of the run.
+
+    Args:
+        listener: called in the first process with each record that goes to metrics.jsonl.
+
+    Raises:
+        ConfigMismatch: the run folder or the checkpoint belongs to another config; names the differing keys.
+        ConfigError: keys that do not fit this machine or number of processes.
+        DataError: a corpus that cannot be used.
+        TrainingDiverged: after ``train.max_bad_steps`` non-finite steps in a row.
+    """
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    world = parallel.start(config.train.device)
+    try:
+        return _train(config, world, listener)
+    finally:
+        parallel.stop(world)
+
+
+def _train(config: RunConfig, world: World, listener: Callable[[Record], None] | None) -> Summary:
+    begin = time.monotonic()
+    settings, folder = config.train, config.folder
+    settings.micro_batches(world.size)  # refuses a batch that does not divide, before anything is written
+    launch.claim(folder, config, world)
+    saver = Checkpointer(folder / "checkpoints", settings.keep_last, config.plain()["model"])
+    newest = saver.latest_valid()
+    if newest is not None and step_of(newest) >= settings.steps and (folder / "model.safetensors").exists():
+        logger.info("%s is already complete: %d steps", folder, settings.steps)
+        return Summary(folder, "complete", settings.steps, settings.steps, None, None, time.monotonic() - begin)
+
+    corpus = launch.corpus(config, world)
+    core, model, optimizer = launch.model(config, world)
+    start = launch.restore(saver, newest or launch.origin(config), model, optimizer, corpus)
+    metrics = MetricLog(folder, start, settings.tensorboard, listener) if world.first else None
+    with Interrupt() as interrupt, Progress(settings.steps, start, silent=not world.first) as progress:
+        run = Run(config, world, folder, core, model, optimizer, corpus, saver, metrics, progress, interrupt)
+        run.start = run.step = start
+        run.loop()
+        stopped = run.step < settings.steps
+        if stopped:  # the state first: who asks to stop may not wait long
+            run.save()
+            run.export()
+        else:  # the weights first: a checkpoint of the last step means that all is there
+            run.export()
+            run.save()
+    if metrics is not None:
+        metrics.close()
+    status = "stopped" if stopped else "complete"
+    seconds = time.monotonic() - begin
+    return Summary(folder, status, run.step, start, run.loss, run.validation_loss, seconds)
+
+
+class Run:
+    """One run in one process: what the loop works on, and where it stands."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        folder: Path,
+        core: MemoryLM,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        corpus: Corpus,
+        saver: Checkpointer,
+        metrics: MetricLog | None,
+        progress: Progress,
+        interrupt: "Interrupt",
+    ):
+        self.config, self.settings, self.world, self.folder = config, config.train, world, folder
+        self.core, self.model, self.optimizer = core, model, optimizer
+        self.corpus, self.saver, self.metrics, self.progress = corpus, saver, metrics, progress
+        self.interrupt = interrupt
+        self.split = corpus.split("train")
+        self.held_out = launch.validation(corpus, config)
+        self.micro_batches, self.micro_size = self.settings.micro_batches(world.size)
+        self.start = self.step = self.bad = 0
+        self.saved = -1
+        self.loss: float | None = None
+        self.validation_loss: float | None = None
+        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        self.flops = core.flops_per_token(self.settings.seq_len)
+        self.peak = peak_flops(world.device, self.settings.precision)
+
+    def loop(self) -> None:
+        """Update until the last step is done or somebody asks to stop."""
+        settings = self.settings
+        tokens, busy = 0, 0.0  # since the last record
+        while self.step < settings.steps:
+            begin = time.perf_counter()
+            batches, valid, stop = self.fetch(self.step + 1)
+            if stop:
+                logger.warning("asked to stop: saving after step %d", self.step)
+                return
+            self.step += 1
+            record = self.update(batches, valid)
+            tokens += settings.batch_size * settings.seq_len
+            busy += time.perf_counter() - begin
+            speed = tokens / busy
+
+            log = _due(self.step, settings.log_every) or self.step == settings.steps
+            if _due(self.step, settings.diagnostics_every):
+                record |= self.diagnose(batches[0])
+            if self.held_out is not None and (_due(self.step, settings.validate_every) or self.step == settings.steps):
+                record |= self.validate(self.held_out)
+            if log or len(record) > 4:
+                record |= {"tokens_per_second": speed, "peak_memory": peak_memory(self.world.device)}
+                if self.peak is not None:
+                    record["mfu"] = speed * self.flops / (self.peak * self.world.size)
+                if self.metrics is not None:
+                    self.metrics.write(record)
+                tokens, busy = 0, 0.0
+            self.progress.show(record, speed, log)
+            if _due(self.step, settings.checkpoint_every) and self.step < settings.steps and not self.bad:
+                self.save()
+
+    def fetch(self, step: int) -> tuple[list[Batch], int, bool]:
+        """This process's micro batches of a step, the valid targets in those of all processes, and whether to stop."""
+        settings = self.settings
+        first = self.world.rank * self.micro_batches * self.micro_size
+        batches = []
+        for start in range(first, first + self.micro_batches * self.micro_size, self.micro_size):
+            rows = range(start, start + self.micro_size)
+            shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
+            batches.append(self.split.batch(step - 1, seed=self.config.seed, rows=rows, **shape))
+        valid = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        # One small collective on the CPU: the count, and anybody's wish to stop, so that all stop at the same step.
+        counts = parallel.total(torch.tensor([valid, int(self.interrupt.asked)]))
+        return [batch.to(self.world.device) for batch in batches], int(counts[0]), bool(counts[1])
+
+    def update(self, batches: list[Batch], valid: int) -> Record:
+        """One optimizer update from the micro batches; skipped when the loss or a gradient is not finite."""
+        settings, step = self.settings, self.step
+        torch.manual_seed(derive(self.config.seed, step, self.world.rank) >> 1)
+        rate = optim.learning_rate(
+            step,
+            peak=settings.lr,
+            steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+            schedule=settings.schedule,
+            min_ratio=settings.min_lr_ratio,
+            decay_fraction=settings.decay_fraction,
+        )
+        self.optimizer.zero_grad()
+        loss_sum = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(batches):
+            with parallel.accumulate(self.model, last=index == len(batches) - 1):
+                loss_sum += self.backward(batch, valid)
+        loss = float(parallel.total(loss_sum)) / max(valid, 1)
+        norm = float(optim.clip(self.model.parameters(), settings.grad_clip))
+        # Both numbers are the same in every process, so all skip or none does.
+        if math.isfinite(loss) and math.isfinite(norm):
+            optim.set_learning_rate(self.optimizer, rate)
+            self.optimizer.step()
+            self.bad, self.loss = 0, loss
+        else:
+            self._skip(loss, norm)
+        return {"step": step, "loss": loss, "lr": rate, "grad_norm": norm}
+
+    def backward(self, batch: Batch, valid: int) -> Tensor:
+        """Add one micro batch's share of the gradient; returns its loss, summed over its targets."""
+        with self.autocast:
+            output = self.model(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets)
+        # ddp and fsdp take the mean of the processes' gradients; what is wanted is their sum.
+        (output.loss_sum * (self.world.size / max(valid, 1))).backward()
+        return output.loss_sum.detach()
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self.bad += 1
+        text = f"step {self.step}: loss {loss}, gradient norm {norm}"
+        logger.warning("%s: the update is skipped (%d in a row)", text, self.bad)
+        if self.bad >= self.settings.max_bad_steps:
+            if self.metrics is not None:
+                self.metrics.write({"step": self.step, "loss": loss, "grad_norm": norm})
+            raise TrainingDiverged(
+                f"{text}: the last {self.bad} steps were not finite (train.max_bad_steps = "
+                f"{self.settings.max_bad_steps}); stopped, with nothing saved since step {max(self.saved, self.start)}"
+            )
+
+    @torch.no_grad()
+    def diagnose(self, batch: Batch) -> Record:
+        """What the memory layers do on a few rows of this step's batch; {} for a model without memory."""
+        with self.autocast, torch.compiler.set_stance("force_eager"):
+            return dict(self.core.diagnostics(batch.tokens[:4, : self.settings.seq_len]))
+
+    @torch.no_grad()
+    def validate(self, split: Split) -> Record:
+        """Held-out loss (nats per token) and bits per byte, on the same first batches each time."""
+        settings, world = self.settings, self.world
+        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        first = world.rank * self.micro_batches * self.micro_size
+        shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
+        count = min(settings.validation_batches, split.batches(**shape))
+        self.model.eval()
+        for index in range(count):
+            for start in range(first, first + self.micro_batches * self.micro_size, self.micro_size):
+                batch = split.batch(index, seed=0, rows=range(start, start + self.micro_size), **shape)
+                size = split.bytes_of(batch.targets).sum()
+                batch = batch.to(world.device)
+                with self.autocast:
+                    output = self.model(
+                        batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets, reduction="none"
+                    )
+                sums += torch.stack([output.loss.double().sum(), output.valid.double(), size.to(sums)])
+        self.model.train()
+        nats, valid, size = parallel.total(sums).tolist()
+        self.validation_loss = nats / max(valid, 1)
+        bits = nats / math.log(2) / max(size, 1)
+        self.progress.say(f"step {self.step}  validation loss {self.validation_loss:.4f}  {bits:.4f} bits per byte")
+        return {"validation_loss": self.validation_loss, "validation_bits_per_byte": bits}
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it is there or the weights are not finite."""
+        if self.step == self.saved or not self.optimizer.state:
+            return
+        if not optim.all_finite(self.model.parameters()):
+            logger.error("weights after step %d are not finite: no checkpoint is written", self.step)
+            return
+        if self.metrics is not None:
+            self.metrics.sync()
+        extra = {"seed": self.config.seed, "corpus": self.corpus.checksum}
+        if self.saver.save(self.step, self.model, self.optimizer, extra) is not None:
+            self.saved = self.step
+
+    def export(self) -> None:
+        """Write model.safetensors and config.json: whole weights, whatever the run was spread over."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)
+        if self.world.first:
+            with torch.device("meta"):
+                whole = build(self.config.plain())
+            whole.load_state_dict(weights, assign=True)
+            whole.save(self.folder, self.config.plain())
+        parallel.broadcast(None)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Interrupt:
+    """SIGTERM and SIGINT become a wish (``asked``) that the loop honours between two steps; a second acts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+        self.former = {}
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
+        self.__exit__()
