@@ -1,5 +1,7 @@
 """Short convolution, one token at a time."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ def short_conv(
         pieces = list(x)
     else:
         borders = cu_seqlens.tolist()
-        pieces = [x[0, a:b] for a, b in zip(borders, borders[1:], strict=False)]
+        pieces = [x[0, a:b] for a, b in pairwise(borders)]
     outputs = []
     for n, tokens in enumerate(pieces):
         past = x.new_zeros(width - 1, x.shape[2]) if state is None else state[n].to(x.dtype)

@@ -103,8 +103,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention o [B, T, H, D] and its log-sum-exp [B, H, T], which is empty where the device's kernel keeps none."""
-    batch, length, heads, width = q.shape
-    package = flash.package(q.device, q.dtype, width, prefix_k is not None, cache_k is not None)
+    package = flash.package(q.device, q.dtype, q.shape[3], prefix_k is not None, cache_k is not None)
     if package is not None:
         return flash.attend(package, q, k, v, cu_seqlens, window, scale), absent(q)
     cache = None if cache_k is None or cache_v is None else (cache_k, cache_v)

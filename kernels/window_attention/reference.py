@@ -1,5 +1,7 @@
 """Window attention, one query at a time."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def window_attention(
         pieces = [(q[n], k[n], v[n]) for n in range(q.shape[0])]
     else:
         borders = cu_seqlens.tolist()
-        pieces = [(q[0, a:b], k[0, a:b], v[0, a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        pieces = [(q[0, a:b], k[0, a:b], v[0, a:b]) for a, b in pairwise(borders)]
     outputs = []
     for n, (queries, keys, values) in enumerate(pieces):
         past = 0 if state is None else int(state["count"][n])

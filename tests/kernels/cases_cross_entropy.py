@@ -1,0 +1,43 @@
+"""Conformance cases of the loss: one per token, since rows and tokens must be told apart."""
+
+from functools import partial
+from typing import Any
+
+from harness import Draw, OperationCase, register_case
+from palimpsest.kernels.cross_entropy import linear_cross_entropy
+from palimpsest.kernels.cross_entropy.cost import cost
+from palimpsest.kernels.op import Cost
+
+
+def make(draw: Draw, batch: int, length: int, **options: Any) -> dict[str, Any]:
+    """Width 7, a vocabulary of 11, chunks that cut across rows."""
+    return {
+        "x": draw.normal(batch, length, 7),
+        "weight": Draw(5, draw.dtype).normal(11, 7),
+        "target": draw.integers(11, batch, length),
+        "reduction": "none",
+        "chunk": 5,
+        **options,
+    }
+
+
+def costs(arguments: dict[str, Any]) -> tuple[Cost, Cost]:
+    """Of forward and backward."""
+    shapes = arguments["x"].shape, arguments["weight"].shape
+    return cost(*shapes), cost(*shapes, reduction="none", backward=True)
+
+
+for name, options in {
+    "plain": {},
+    "smoothing_z_softcap": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0},
+}.items():
+    register_case(
+        OperationCase(
+            name=f"linear_cross_entropy/{name}",
+            operation="linear_cross_entropy",
+            call=linear_cross_entropy,
+            make=partial(make, **options),
+            tokens=("x", "target"),
+            cost=costs,
+        )
+    )
