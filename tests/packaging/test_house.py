@@ -16,6 +16,7 @@ FOLDERS = {"configs", "docs", "eval", "kernels", "models", "tests", "train", ".c
 FILES = {".gitignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py"}
 LIBRARY = ("kernels", "models", "train", "eval")  # each may import itself and what stands before it
 REQUIRED = {"torch", "triton", "einops", "numpy", "pydantic", "yaml", "safetensors", "tensorboard"}
+CARRIED = {"pydantic_core", "typing_extensions"}  # pydantic's own parts
 OPTIONAL = {"flash_attn", "matplotlib", "tokenizers", "transformers", "datasets", "pyarrow", "zstandard"}
 MACHINE_PATH = re.compile(r"(?<![\w.~*])/(?:home|root|work|farm|mnt|opt|Users)/")
 MOST_LINES = 500
@@ -56,7 +57,10 @@ def label(path: Path) -> str:
 
 
 def imports(path: Path, node: ast.AST) -> list[str]:
-    """Absolute dotted names that one import statement names; relative ones resolved under ``palimpsest``."""
+    """Absolute dotted names that one import statement names; relative ones resolved under ``palimpsest``.
+
+    A relative import that climbs out of the package gives names under ``(above)``.
+    """
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -65,7 +69,7 @@ def imports(path: Path, node: ast.AST) -> list[str]:
         base = node.module or ""
     else:
         package = ["palimpsest", *path.relative_to(ROOT).parent.parts]
-        kept = package[: len(package) - (node.level - 1)]
+        kept = package[: len(package) - (node.level - 1)] if node.level <= len(package) else ["(above)"]
         base = ".".join([*kept, *([node.module] if node.module else [])])
     return [f"{base}.{alias.name}" for alias in node.names]
 
@@ -129,7 +133,7 @@ def test_imports_go_one_way() -> None:
         for node in ast.walk(tree(path)):
             for name in imports(path, node):
                 parts = name.split(".")
-                bare = parts[0] in LIBRARY or parts[0] == "configs"
+                bare = parts[0] in (*LIBRARY, "configs", "(above)")
                 if bare or (parts[0] == "palimpsest" and (len(parts) < 2 or parts[1] not in allowed)):
                     wrong.append(f"{label(path)}: {room} imports {name}")
     assert wrong == []
@@ -152,7 +156,13 @@ def test_every_import_is_declared() -> None:
     for path in python_files(*LIBRARY, "configs"):
         eager = set(map(id, at_import_time(tree(path))))
         for node in ast.walk(tree(path)):
-            known = sys.stdlib_module_names | REQUIRED | {"palimpsest"} | (set() if id(node) in eager else OPTIONAL)
+            known = (
+                sys.stdlib_module_names
+                | REQUIRED
+                | CARRIED
+                | {"palimpsest"}
+                | (set() if id(node) in eager else OPTIONAL)
+            )
             peers = "peers" in path.parts  # scripts that run a peer beside us import the peer
             for name in imports(path, node):
                 if name.split(".")[0] not in known and not peers:
