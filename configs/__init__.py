@@ -16,7 +16,9 @@ def find_config(name: str | Path) -> Path:
     """
     given = Path(name)
     inside = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
-    tried = [given, HERE / inside, HERE / inside.with_name(inside.name + ".yaml")]
+    tried = [given, HERE / inside]
+    if inside.suffix != ".yaml":
+        tried.append(HERE / inside.with_name(inside.name + ".yaml"))
     for path in tried:
         if path.is_file():
             return path
