@@ -159,7 +159,7 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, about: dict[s
     """Tokenise into a folder beside ``folder``, then rename it there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(
-            f"data.folder was {str(folder)!r}, which exists and holds no {MANIFEST}; it must be new or empty"
+            f"data.folder was {str(folder)!r}, which holds no {MANIFEST}; it must be a corpus, new or empty"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"

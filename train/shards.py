@@ -56,9 +56,9 @@ def tokenise(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> dict[str
         for writer in writers.values():
             writer.close()
     if not splits["train"]["tokens"]:
-        what = f"{empty} empty documents" if empty else "no documents"
-        where = config.name if config.source == "hf" else config.path
-        raise DataError(f"data.path was {where!r}, a corpus with {what} and no text; it must have text")
+        what = "nothing but empty documents" if empty else "no documents"
+        key = "name" if config.source == "hf" else "path"
+        raise DataError(f"data.{key} was {getattr(config, key)!r}, a corpus with {what}; it must have text")
     if empty:
         logger.info("%d empty documents left out", empty)
     dtype = writers["train"].dtype

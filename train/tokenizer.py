@@ -60,7 +60,7 @@ class Tokenizer(ABC):
         scales it so that the sum over the corpus is exact.
         """
         table = self.byte_table.to(tokens.device)
-        return torch.where(tokens >= 0, table[tokens.clamp(min=0)], table.new_zeros(()))
+        return torch.where(tokens >= 0, table[tokens.clamp(min=0).long()], table.new_zeros(()))
 
 
 class ByteTokenizer(Tokenizer):
