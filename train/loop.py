@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from typing_extensions import Self
 
-from ..models import MemoryLM, build
+from ..models import MemoryLM, Output, build
 from . import launch, optim, parallel
 from .checkpoint import Checkpointer, step_of
 from .config import RunConfig
@@ -177,17 +177,19 @@ class Run:
 
     def fetch(self, step: int) -> tuple[list[Batch], int, bool]:
         """This process's micro batches of a step, the valid targets in those of all processes, and whether to stop."""
-        settings = self.settings
-        first = self.world.rank * self.micro_batches * self.micro_size
-        batches = []
-        for start in range(first, first + self.micro_batches * self.micro_size, self.micro_size):
-            rows = range(start, start + self.micro_size)
-            shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
-            batches.append(self.split.batch(step - 1, seed=self.config.seed, rows=rows, **shape))
+        batches = self.share(self.split, step - 1)
         valid = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         # One small collective on the CPU: the count, and anybody's wish to stop, so that all stop at the same step.
         counts = parallel.total(torch.tensor([valid, int(self.interrupt.asked)]))
-        return [batch.to(self.world.device) for batch in batches], int(counts[0]), bool(counts[1])
+        return batches, int(counts[0]), bool(counts[1])
+
+    def share(self, split: Split, index: int) -> list[Batch]:
+        """This process's rows of the global batch ``index``, in micro batches, in main memory."""
+        settings, size = self.settings, self.micro_size
+        shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
+        first = self.world.rank * self.micro_batches * size
+        rows = [range(first + i * size, first + (i + 1) * size) for i in range(self.micro_batches)]
+        return [split.batch(index, seed=self.config.seed, rows=some, **shape) for some in rows]
 
     def update(self, batches: list[Batch], valid: int) -> Record:
         """One optimizer update from the micro batches; skipped when the loss or a gradient is not finite."""
@@ -221,10 +223,15 @@ class Run:
     def backward(self, batch: Batch, valid: int) -> Tensor:
         """Add one micro batch's share of the gradient; returns its loss, summed over its targets."""
         with self.autocast:
-            output = self.model(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets)
+            output = self.forward(batch)
         # ddp and fsdp take the mean of the processes' gradients; what is wanted is their sum.
         (output.loss_sum * (self.world.size / max(valid, 1))).backward()
         return output.loss_sum.detach()
+
+    def forward(self, batch: Batch, **options: Any) -> Output:
+        """The model's answer to a batch with its targets."""
+        batch = batch.to(self.world.device)
+        return self.model(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets, **options)
 
     def _skip(self, loss: float, norm: float) -> None:
         self.bad += 1
@@ -238,32 +245,23 @@ class Run:
                 f"{self.settings.max_bad_steps}); stopped, with nothing saved since step {max(self.saved, self.start)}"
             )
 
-    @torch.no_grad()
     def diagnose(self, batch: Batch) -> Record:
         """What the memory layers do on a few rows of this step's batch; {} for a model without memory."""
-        with self.autocast, torch.compiler.set_stance("force_eager"):
-            return dict(self.core.diagnostics(batch.tokens[:4, : self.settings.seq_len]))
+        with parallel.evaluation(self.core), self.autocast, torch.compiler.set_stance("force_eager"):
+            return dict(self.core.diagnostics(batch.tokens[:4, : self.settings.seq_len].to(self.world.device)))
 
-    @torch.no_grad()
     def validate(self, split: Split) -> Record:
         """Held-out loss (nats per token) and bits per byte, on the same first batches each time."""
-        settings, world = self.settings, self.world
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        first = world.rank * self.micro_batches * self.micro_size
-        shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
-        count = min(settings.validation_batches, split.batches(**shape))
-        self.model.eval()
-        for index in range(count):
-            for start in range(first, first + self.micro_batches * self.micro_size, self.micro_size):
-                batch = split.batch(index, seed=0, rows=range(start, start + self.micro_size), **shape)
-                size = split.bytes_of(batch.targets).sum()
-                batch = batch.to(world.device)
-                with self.autocast:
-                    output = self.model(
-                        batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets, reduction="none"
-                    )
-                sums += torch.stack([output.loss.double().sum(), output.valid.double(), size.to(sums)])
-        self.model.train()
+        settings = self.settings
+        count = min(
+            settings.validation_batches, split.batches(batch_size=settings.batch_size, seq_len=settings.seq_len)
+        )
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes
+        with parallel.evaluation(self.model), self.autocast:
+            for batch in (batch for index in range(count) for batch in self.share(split, index)):
+                output = self.forward(batch, reduction="none")
+                size = split.bytes_of(batch.targets).sum().to(sums)
+                sums += torch.stack([output.loss.double().sum(), output.valid.double(), size])
         nats, valid, size = parallel.total(sums).tolist()
         self.validation_loss = nats / max(valid, 1)
         bits = nats / math.log(2) / max(size, 1)

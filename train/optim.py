@@ -90,7 +90,7 @@ def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
         It is not finite when any gradient is not; the gradients are then of no use.
     """
     owned = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in owned])
+    norm = torch.nn.utils.get_total_norm(p.grad for p in owned if p.grad is not None)
     if hasattr(norm, "full_tensor"):  # sharded gradients: sum of squares over the processes
         norm = norm.full_tensor()
     if limit is not None:

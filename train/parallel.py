@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -134,9 +136,6 @@ def distribute(model: nn.Module, blocks: nn.ModuleList, kind: str, world: World,
     if kind == "ddp":
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
     if kind == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         if shard is not None and world.size % shard:
             raise ValueError(f"train.fsdp_shard was {shard}; it must divide the number of processes, {world.size}")
         if shard is None or shard == world.size:
@@ -154,9 +153,25 @@ def distribute(model: nn.Module, blocks: nn.ModuleList, kind: str, world: World,
 @contextmanager
 def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
     """Run one micro batch: gradients stay local until the ``last``, which sums them up over the processes."""
-    if hasattr(model, "set_requires_gradient_sync"):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         yield
         return
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
         yield
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """No gradients and evaluation mode; afterwards training mode, with parameters sharded as they were.
+
+    FSDP leaves the root's parameters whole after a forward, for the backward pass that here never comes.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+        if isinstance(model, FSDPModule):
+            model.reshard()
