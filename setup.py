@@ -29,7 +29,8 @@ DOORS = {
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
 }
 
-READERS = ["pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]
+DATA = ["datasets>=3.0", "pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]
+HF = ["transformers>=4.48"]
 PLOT = ["matplotlib>=3.8"]
 TOOLS = [
     "build>=1.2",
@@ -43,11 +44,11 @@ TOOLS = [
     "wheel",
 ]
 EXTRAS = {
-    "data": [*READERS, "datasets>=3.0"],
-    "hf": ["transformers>=4.48"],
+    "data": DATA,
+    "hf": HF,
     "plot": PLOT,
     "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
-    "dev": TOOLS + READERS + PLOT,
+    "dev": TOOLS + DATA + HF + PLOT,
 }
 
 setup(
