@@ -204,7 +204,9 @@ def _explain(section: type[BaseModel], data: Any, prefix: str, fault: ErrorDetai
             return f"{place}.kind is missing; it must be one of {', '.join(kinds)}"
         return f"{place}.kind was {was!r}; it must be one of {', '.join(kinds)}; {_nearest(was, kinds)}"
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
-    return f"{place}: {message}" if " was " in message else f"{place} was {was!r}; {message}"
+    if " was " not in message:
+        return f"{place} was {was!r}; {message}"
+    return message if message.startswith(f"{place}.") else f"{place}: {message}"
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

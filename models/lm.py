@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -265,7 +266,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MemoryLM:
     try:
         weights = load_file(folder / "model.safetensors", device=str(device))
         model.load_state_dict(weights, assign=True)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from None
     return model.requires_grad_()
 
