@@ -9,6 +9,8 @@ from palimpsest.eval import harness
 from palimpsest.models import build
 from palimpsest.train.config import read_config
 
+torch.set_num_threads(1)  # the models are tiny: threads would wait for each other more than they compute
+
 CONTEXT = 64
 MEMORY = {"heads": 2, "expansion": 1, "chunk_size": 8}
 MODEL = {

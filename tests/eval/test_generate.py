@@ -177,24 +177,16 @@ def test_a_character_appears_only_when_it_is_whole():
     assert [printer.push(byte) for byte in "é€😀".encode()] == ["", "é", "", "", "€", "", "", "", "😀"]
 
 
-def call(*arguments, stdin=b""):
-    done = subprocess.run(
-        [sys.executable, "-m", "palimpsest.eval.generate", *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr.decode()
-
-
-def test_the_command_streams_saves_and_goes_on(run_folder, tmp_path):
-    shared = (run_folder, "--past-end", "--seed", "5", "--temperature", "0.9")
-    code, whole, _ = call(*shared, "--prompt", "-", "--max-tokens", "24", stdin="Line é ".encode())
-    assert code == 0 and whole.endswith(b"\n")
-    first = call(*shared, "--prompt", "Line é ", "--max-tokens", "9", "--save-state", tmp_path / "s")
-    assert first[0] == 0
-    rest = call(run_folder, "--past-end", "--max-tokens", "15", "--load-state", tmp_path / "s")
-    assert first[1] + rest[1] == whole
+def test_the_command_streams_saves_and_goes_on(run_folder, tmp_path, capsysbinary):
+    shared = [str(run_folder), "--past-end", "--seed", "5", "--temperature", "0.9"]
+    line = [sys.executable, "-m", "palimpsest.eval.generate", *shared, "--prompt", "-", "--max-tokens", "24"]
+    done = subprocess.run(line, input="Line é ".encode(), capture_output=True, check=True)
+    assert command.main([*shared, "--prompt", "Line é ", "--max-tokens", "9", "--save-state", str(tmp_path / "s")]) == 0
+    first = capsysbinary.readouterr().out
+    rest = [str(run_folder), "--past-end", "--max-tokens", "15", "--load-state", str(tmp_path / "s")]
+    assert command.main(rest) == 0
+    assert first + capsysbinary.readouterr().out == done.stdout
+    assert done.stdout.endswith(b"\n") and len(done.stdout) > 20
 
 
 def test_the_command_names_bad_input(run_folder, make_run, tmp_path, capsys):
