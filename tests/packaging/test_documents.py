@@ -3,7 +3,12 @@
 import importlib.metadata
 import importlib.util
 import re
+import shlex
 from pathlib import Path
+
+from palimpsest.eval import __main__ as evaluate
+from palimpsest.eval import generate
+from palimpsest.train.config import parse_overrides, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +34,28 @@ def test_modules_exist() -> None:
         assert found is not None, f"{document}: {module}"
         if found.submodule_search_locations is not None:
             assert importlib.util.find_spec(f"{module}.__main__"), f"{document}: {module} cannot be run with -m"
+
+
+def test_training_commands_are_valid() -> None:
+    """Each configuration that the documents train with exists and takes the overrides that stand beside it."""
+    named = [(document, shlex.split(rest)) for document, rest in said(r"-m palimpsest\.train (\S.*)")]
+    assert named
+    for document, (config, *overrides) in named:
+        if "my_" not in config:
+            read_config(ROOT / config, parse_overrides(overrides))
+        assert all("=" in override for override in overrides), f"{document}: {overrides}"
+
+
+def test_evaluation_commands_are_valid() -> None:
+    """The options that the documents give to evaluation and generation are those that these take."""
+    for room, pattern in (
+        (evaluate, r"-m palimpsest\.eval (\S.*)"),
+        (generate, r"-m palimpsest\.eval\.generate (\S.*)"),
+    ):
+        named = said(pattern)
+        assert named
+        for _, rest in named:
+            room.parser().parse_args(shlex.split(rest))
 
 
 def test_python_imports_exist() -> None:
