@@ -126,6 +126,19 @@ def _table(length: int, width: int, base: float, dtype: torch.dtype, device: tor
         return rotary_angles(torch.arange(length, device=device)[None], width, base, dtype)
 
 
+def rotary_table(
+    x: Tensor, base: float, start: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`rotary_angles` for x [B, T, H, D] whose rows begin at ``start``, as in :func:`token_positions`.
+
+    In float32 (float64 for float64 x).
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if start is None and cu_seqlens is None and not torch.compiler.is_compiling():
+        return _table(x.shape[1], x.shape[3], base, dtype, x.device)
+    return rotary_angles(token_positions(x.shape[1], start, cu_seqlens, x.device), x.shape[3], base, dtype)
+
+
 class _Rotate(torch.autograd.Function):
     """Rotation of the pairs (x_i, x_{i + D/2}); its adjoint is the rotation back."""
 
@@ -141,15 +154,9 @@ class _Rotate(torch.autograd.Function):
         return _Rotate.apply(grad, cos, -sin), None, None
 
 
-def rotary(x: Tensor, base: float, start: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) of x [B, T, H, D], D even; ``start`` as in :func:`token_positions`.
+def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of x [B, T, H, D], D even, by cos and sin of :func:`rotary_table`.
 
-    Pairs are (x_i, x_{i + D/2}). Computed in float32 (float64 for float64 input), returned in x's dtype.
+    Pairs are (x_i, x_{i + D/2}). Computed in the table's dtype, returned in x's.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if start is None and cu_seqlens is None and not torch.compiler.is_compiling():
-        cos, sin = _table(x.shape[1], x.shape[3], base, dtype, x.device)
-    else:
-        position = token_positions(x.shape[1], start, cu_seqlens, x.device)
-        cos, sin = rotary_angles(position, x.shape[3], base, dtype)
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, *table)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...kernels import window_attention
 from ..config import Heads, ModelConfig
-from ..layers import Linear, PersistentTokens, rotary
+from ..layers import Linear, PersistentTokens, rotary, rotary_table
 from .mixer import LayerState, Mixer
 
 
@@ -54,7 +54,7 @@ class AttentionCore(Mixer):
         qkv = self.qkv(x).view(batch, length, -1, self.width)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.rope:
-            qk = rotary(qk, self.base, position, cu_seqlens)
+            qk = rotary(qk, rotary_table(qk, self.base, position, cu_seqlens))
         q, k = qk.split([self.heads, self.kv_heads], dim=2)
         y, cache = window_attention(
             q,

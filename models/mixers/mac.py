@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...kernels import window_attention
+from ...kernels.check import compute_dtype
 from ..config import ModelConfig, TitansMAC
-from ..layers import RMSNorm, rotary
+from ..layers import RMSNorm, rotary, rotary_angles
 from ..state import take_rows
 from .attention import AttentionCore
 from .gate import MemoryGate
@@ -35,8 +37,9 @@ class MemoryAsContext(Mixer):
     places in their segment (after a reset), and packed documents, are run in groups of equal place and length; both
     are read on the host.
 
-    State: ``memory`` and ``conv`` (of the stream y), ``query`` (convolution of the stream x), ``segment`` (W_s),
-    ``cache`` (keys and values of the segment so far), ``position`` int32 [N], tokens already in the segment.
+    State: ``memory``, the memory layer's on the stream y; ``query``, the convolution's on the stream x, where there is
+    one; ``segment``, W_s; ``cache``, keys and values of the segment so far; ``position`` int32 [N], tokens already in
+    the segment.
     """
 
     def __init__(self, model: ModelConfig, mixer: TitansMAC) -> None:
@@ -91,93 +94,86 @@ class MemoryAsContext(Mixer):
         if not length:
             return torch.zeros_like(x), state or self.init_state(batch, x.device, x.dtype)
         start = dict(zip(self.memory.weight_names, self.memory.start(), strict=True))
-        held = state or {"memory": None, "conv": None, "segment": start, "cache": None, "query": None}
-        core = self.attention
-        q, gate, query = self.memory.query(x, held["query"], None, return_state)
-        qkv = core.qkv(x).view(batch, length, -1, core.width)
-        prefix = core.prefix()
+        held = state or {"memory": None, "segment": start, "cache": None}
+        streams, query = self._streams(x, place, held.get("query"), return_state)
+        prefix = self.attention.prefix()
         outputs = []
         borders = [0, *range(self.segment - place, length, self.segment), length]
         for begin, end in pairwise(borders):
-            part, keep = slice(begin, end), return_state or end < length
-            o, held = self._piece(
-                q[:, part], gate[:, part], qkv[:, part], prefix, (place + begin) % self.segment, held, keep
-            )
+            part = [stream[:, begin:end] for stream in streams]
+            o, held = self._piece(part, prefix, (place + begin) % self.segment, held, return_state or end < length)
             outputs.append(o)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         if not return_state:
             return y, None
-        segment = {name: x if x.dim() == 4 else x.expand(batch, *x.shape) for name, x in held["segment"].items()}
+        segment = {name: w if w.dim() == 4 else w.expand(batch, *w.shape) for name, w in held["segment"].items()}
         after = torch.full((batch,), (place + length) % self.segment, dtype=torch.int32, device=x.device)
-        return y, held | {"segment": segment, "query": query, "position": after}
+        return y, held | {"segment": segment, "position": after} | ({"query": query} if query else {})
+
+    def _streams(
+        self, x: Tensor, place: int, state: LayerState | None, return_state: bool
+    ) -> tuple[list[Tensor], LayerState | None]:
+        """All that depends on x alone, time second: the memory's query and its gate; q, k, v of the attention, rotated;
+        and with rotary embedding cos and sin for h."""
+        batch, length, _ = x.shape
+        core = self.attention
+        query, gate, state = self.memory.query(x, state, None, return_state)
+        qkv = core.qkv(x).view(batch, length, -1, core.width)
+        qk, v = qkv.split([core.heads + core.kv_heads, core.kv_heads], dim=2)
+        table: tuple[Tensor, ...] = ()
+        if core.rope:
+            number = (torch.arange(length, device=x.device) + place)[None] % self.segment
+            table = rotary_angles(number, core.width, core.base, compute_dtype(x))
+            qk = rotary(qk, rotary_angles(number + self.segment, core.width, core.base, compute_dtype(x)))
+        q, k = qk.split([core.heads, core.kv_heads], dim=2)
+        return [query, gate, q, k, v, *table], state
 
     def _piece(
-        self,
-        q: Tensor,
-        gate: Tensor,
-        qkv: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
-        place: int,
-        held: LayerState,
-        keep: bool,
+        self, part: list[Tensor], prefix: tuple[Tensor, Tensor] | None, place: int, held: LayerState, keep: bool
     ) -> tuple[Tensor, LayerState]:
         """One segment, or the part of one that a call holds, from ``place`` on."""
-        h = self.norm_read(self.memory.read(q, gate, list(held["segment"].values())))
+        query, gate, q, k, v, *table = part
+        h = self.norm_read(self.memory.read(query, gate, [held["segment"][name] for name in self.memory.weight_names]))
         complete = place + q.shape[1] == self.segment
-        y, cache = self._attend(h, qkv, prefix, place, held["cache"], keep and not complete)
-        y = self.gate.norm_y(y)
-        m, memory = self.memory(y, {"memory": held["memory"], "conv": held["conv"]}, None, keep)
-        o = self.gate(y, m)
-        if not keep or memory is None:
-            return o, {}
-        after = {"memory": memory["memory"], "conv": memory["conv"], "segment": held["segment"], "cache": cache}
-        if complete:
-            after["segment"] = {name: memory["memory"][name] for name in self.memory.weight_names}
-            after["cache"] = self._empty_cache(y.shape[0], qkv.device, qkv.dtype)
-        return o, after
-
-    def _attend(
-        self,
-        h: Tensor,
-        qkv: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
-        place: int,
-        cache: LayerState | None,
-        keep: bool,
-    ) -> tuple[Tensor, LayerState | None]:
-        """Attention of the tokens in qkv [B, n, (H + 2 Hkv), D] over [P ‖ h ‖ segment] → [B, n, H · D]."""
-        core = self.attention
-        batch, length, _, width = qkv.shape
-        weight = core.qkv.weight[core.heads * width :]
-        read = torch.nn.functional.linear(h, weight).view(batch, length, 2 * core.kv_heads, width)
-        read_k, read_v = read.split(core.kv_heads, dim=2)
-        qk, v = qkv.split([core.heads + core.kv_heads, core.kv_heads], dim=2)
-        if core.rope:
-            start = torch.full((1,), place, device=h.device)
-            read_k = rotary(read_k, core.base, start)
-            qk = rotary(qk, core.base, start + self.segment)
-        q, k = qk.split([core.heads, core.kv_heads], dim=2)
+        read_k, read_v = self._keys_of_reads(h, table)
         # No one asks for what the tokens h themselves attend to: their place in q is filled with the same queries.
         pairs = [torch.stack(pair, 2).flatten(1, 2) for pair in ((q, q), (read_k, k), (read_v, v))]
-        held = cache if place else None
-        y, after = window_attention(*pairs, window=None, prefix=prefix, state=held, return_state=keep)
-        return y[:, 1::2].flatten(2), after
+        y, cache = window_attention(
+            *pairs, prefix=prefix, state=held["cache"] if place else None, return_state=keep and not complete
+        )
+        y = self.gate.norm_y(y[:, 1::2].flatten(2))
+        m, memory = self.memory(y, held["memory"], None, keep)
+        o = self.gate(y, m)
+        if memory is None:
+            return o, {}
+        if complete:
+            running = {name: memory["memory"][name] for name in self.memory.weight_names}
+            return o, {"memory": memory, "segment": running, "cache": self._empty_cache(k)}
+        return o, {"memory": memory, "segment": held["segment"], "cache": cache}
 
-    def _empty_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
-        cache: LayerState = self.attention.init_state(batch, device, dtype)["cache"]
+    def _keys_of_reads(self, h: Tensor, table: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, n, Hkv, D] of h [B, n, dim], by the attention's own projections."""
+        core = self.attention
+        kv = F.linear(h, core.qkv.weight[core.heads * core.width :]).unflatten(-1, (2 * core.kv_heads, core.width))
+        k, v = kv.split(core.kv_heads, dim=2)
+        return (rotary(k, (table[0], table[1])) if table else k), v
+
+    def _empty_cache(self, like: Tensor) -> LayerState:
+        """No keys and values yet, for the rows of ``like`` [B, ...]."""
+        cache: LayerState = self.attention.init_state(like.shape[0], like.device, like.dtype)["cache"]
         return cache
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """W = W_s = W_0, an empty segment."""
-        own = self.memory.init_state(batch, device, dtype)
-        return {
-            "memory": own["memory"],
-            "conv": own["conv"],
-            "query": self.memory.conv_state(batch, self.memory.dim, device, dtype),
-            "segment": {name: own["memory"][name] for name in self.memory.weight_names},
-            "cache": self._empty_cache(batch, device, dtype),
+        memory = self.memory.init_state(batch, device, dtype)
+        query = self.memory.conv_state(self.memory.dim, batch, device, dtype)
+        state = {
+            "memory": memory,
+            "segment": {name: memory["memory"][name] for name in self.memory.weight_names},
+            "cache": self.attention.init_state(batch, device, dtype)["cache"],
             "position": torch.zeros(batch, dtype=torch.int32, device=device),
         }
+        return state | ({"query": query} if query else {})
 
     @torch.no_grad()
     def diagnose(self, x: Tensor) -> dict[str, Tensor]:

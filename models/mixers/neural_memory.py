@@ -81,7 +81,7 @@ class MemoryLayer(Mixer):
     size the inverse of the inner learning rate (the loss is then of curvature 1 per matrix for unit keys); without one
     at N(0, 4 / width of the hidden layer), and N(0, 1 / D) for a linear memory.
 
-    State: ``memory``, of the operation; ``conv``, the convolution's last inputs.
+    State: ``memory``, of the operation; ``conv``, the convolution's last inputs, where there is one.
     """
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
@@ -121,7 +121,7 @@ class MemoryLayer(Mixer):
     ) -> tuple[Tensor, LayerState | None]:
         """silu(conv(x)) for the first channels of q, k, v; without a convolution silu(x)."""
         if self.conv is None:
-            return F.silu(x), {} if return_state else None
+            return F.silu(x), None
         weight = self.conv[: x.shape[-1]]
         return short_conv(x, weight, activation="silu", state=state, cu_seqlens=cu_seqlens, return_state=return_state)
 
@@ -160,8 +160,8 @@ class MemoryLayer(Mixer):
         return_state: bool = True,
     ) -> tuple[Tensor, LayerState | None]:
         """See :class:`Mixer`: write every token and read at every token."""
-        held = state or {"memory": None, "conv": None}
-        q, k, v, gate, conv = self._write_inputs(x, held["conv"], cu_seqlens, return_state)
+        held = state or {}
+        q, k, v, gate, conv = self._write_inputs(x, held.get("conv"), cu_seqlens, return_state)
         o, memory = neural_memory(
             q,
             k,
@@ -170,22 +170,26 @@ class MemoryLayer(Mixer):
             weights=self.start(),
             spec=self.spec,
             norm=self.norm,
-            state=held["memory"],
+            state=held.get("memory"),
             cu_seqlens=cu_seqlens,
             return_state=return_state,
         )
-        return self._finish(o, gate), {"memory": memory, "conv": conv} if return_state else None
+        y = self._finish(o, gate)
+        if not return_state:
+            return y, None
+        return y, {"memory": memory} | ({"conv": conv} if conv else {})
 
-    def conv_state(self, batch: int, channels: int, device: torch.device, dtype: torch.dtype) -> LayerState:
-        """The convolution's state before the first token."""
+    def conv_state(self, channels: int, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState | None:
+        """The convolution's state before the first token; None without a convolution."""
         if self.conv is None:
-            return {}
+            return None
         return {"x": torch.zeros(batch, self.conv.shape[1] - 1, channels, device=device, dtype=dtype)}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """W = W_0, no momentum, nothing seen."""
         memory = neural_memory_state(self.start(), batch, self.spec)
-        return {"memory": memory, "conv": self.conv_state(batch, 3 * self.dim, device, dtype)}
+        conv = self.conv_state(3 * self.dim, batch, device, dtype)
+        return {"memory": memory} | ({"conv": conv} if conv else {})
 
     @torch.no_grad()
     def diagnose(self, x: Tensor) -> dict[str, Tensor]:

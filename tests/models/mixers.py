@@ -1,0 +1,56 @@
+"""The mixers that the conformance suite runs: a new one is added to REGISTRY, and to nothing else."""
+
+from typing import Any
+
+import torch
+
+from palimpsest.models.config import ModelConfig, validate
+from palimpsest.models.mixers import Mixer, make_mixer
+
+DIM = 8
+MEMORY = {"heads": 2, "chunk_size": 5, "expansion": 2, "conv": 3}
+
+#: name → the ``mixer`` section of a configuration. Chunks of 5 and segments of 7 end at different tokens on purpose.
+REGISTRY: dict[str, dict[str, Any]] = {
+    "attention": {"kind": "attention", "heads": 2},
+    "attention, grouped": {"kind": "attention", "heads": 4, "kv_heads": 2, "persistent": 2},
+    "attention, no positions": {"kind": "attention", "heads": 2, "rope": False},
+    "window": {"kind": "window_attention", "heads": 2, "window": 4, "persistent": 3},
+    "lmm": {"kind": "neural_memory", "memory": MEMORY},
+    "lmm, plain": {
+        "kind": "neural_memory",
+        "memory": {**MEMORY, "network": "linear", "rule": "gd", "retention": "none", "conv": 0, "output_gate": "none"},
+    },
+    "lmm, deep": {"kind": "neural_memory", "memory": {**MEMORY, "depth": 3, "norm": False, "read_after_write": False}},
+    "lmm, dot": {"kind": "neural_memory", "memory": {**MEMORY, "bias": "dot", "chunk_size": 1}},
+    "mac": {"kind": "titans_mac", "heads": 2, "segment": 7, "persistent": 2, "memory": MEMORY},
+    "mac, bare": {
+        "kind": "titans_mac",
+        "heads": 4,
+        "kv_heads": 2,
+        "rope": False,
+        "segment": 5,
+        "persistent": 0,
+        "memory": {**MEMORY, "conv": 0, "rule": "gd", "read_after_write": False},
+    },
+    "mag": {"kind": "titans_mag", "heads": 2, "window": 4, "persistent": 2, "memory": MEMORY},
+    "mal": {"kind": "titans_mal", "heads": 2, "window": 4, "persistent": 2, "memory": MEMORY},
+    "mal, bare": {"kind": "titans_mal", "heads": 2, "window": 4, "persistent": 0, "memory": {**MEMORY, "conv": 0}},
+}
+
+
+def small_model(mixer: dict[str, Any] | list[dict[str, Any]], **keys: Any) -> dict[str, Any]:
+    """A ``model`` section of width DIM. Weights far larger than usual, so that every path carries signal."""
+    return {"vocab_size": 11, "dim": DIM, "layers": 2, "mixer": mixer, "ffn_hidden": 16, "init_std": 0.4, **keys}
+
+
+def small_mixer(name: str, seed: int = 0) -> Mixer:
+    """A registered mixer in float64."""
+    torch.manual_seed(seed)
+    config = validate(ModelConfig, small_model(REGISTRY[name]))
+    return make_mixer(config, config.mixer_of(0)).double()
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """x [B, T, DIM] in float64."""
+    return torch.randn(batch, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
