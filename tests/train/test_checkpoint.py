@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from palimpsest.train import checkpoint as module
-from palimpsest.train.checkpoint import MANIFEST, CheckpointError, Checkpointer, ConfigMismatch, differences
-from palimpsest.train.optim import adamw
 from torch import nn
+
+from palimpsest.train import checkpoint as module
+from palimpsest.train.checkpoint import MANIFEST, Checkpointer, CheckpointError, ConfigMismatch, differences
+from palimpsest.train.optim import adamw
 
 IDENTITY = {"dim": 8, "layers": 2, "mixer": [{"kind": "attention"}]}
 
