@@ -108,7 +108,7 @@ def prepare(config: DataConfig, *, verify: bool = True) -> Corpus:
     """
     tokenizer = load_tokenizer(config.tokenizer)
     identity = _identity(config, tokenizer)
-    given = None if config.folder is None else Path(config.folder)
+    given = None if config.folder is None else Path(config.folder).expanduser()
     try:
         digest = source_digest(config)
     except DataError as error:
@@ -157,7 +157,8 @@ def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], digest: 
 
 def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
     """Tokenise into a folder beside ``folder``, then rename it there."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / MANIFEST).exists():  # looked at last: a corpus may appear at any moment
         raise DataError(
             f"data.folder was {str(folder)!r}, which holds no {MANIFEST}; it must be a corpus, new or empty"
         )

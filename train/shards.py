@@ -146,12 +146,15 @@ class _SplitWriter:
     def _append(self, tokens: np.ndarray) -> None:
         while len(tokens):
             place = self.tokens % self.shard_tokens
-            if place == 0:
-                self._finish_shard()
-                self._shard = FileWriter(self.folder / f"{self.name}-{len(self._shards):05d}.bin")
+            shard = self._next_shard() if self._shard is None or place == 0 else self._shard
             piece, tokens = np.split(tokens, [self.shard_tokens - place])
-            self._shard.write(piece.tobytes())
+            shard.write(piece.tobytes())
             self.tokens += len(piece)
+
+    def _next_shard(self) -> FileWriter:
+        self._finish_shard()
+        self._shard = FileWriter(self.folder / f"{self.name}-{len(self._shards):05d}.bin")
+        return self._shard
 
     def _finish_shard(self) -> None:
         if self._shard is not None:

@@ -212,7 +212,7 @@ class _Zstandard(io.RawIOBase):
 @contextmanager
 def _open_zstandard(path: Path, mode: str) -> Iterator[BinaryIO]:
     with open(path, "rb") as stream:
-        yield io.BufferedReader(_Zstandard(stream), 2**20)  # type: ignore[type-var]
+        yield io.BufferedReader(_Zstandard(stream), 2**20)
 
 
 @contextmanager

@@ -4,10 +4,9 @@ The tokens of a split are a ring of R tokens: each document is a separator follo
 document comes the first one's separator. A window is T consecutive tokens, its targets the T tokens one later, so every
 target is a real token of the corpus: at a document's end it is the separator that opens the next.
 
-Training reads W = R // T windows an epoch, in a pseudo-random order that is a bijection of 0..W-1 computed per index (a
-Feistel network with cycle walking: nothing is shuffled in memory), from a starting point in the ring that is drawn anew
-each epoch, so that window borders move; the R mod T tokens left over are others each time. Validation reads the same
-windows in order from the start, always.
+Training reads W = R // T windows an epoch, in a pseudo-random order that is computed per index (``permute``: nothing is
+shuffled in memory), from a starting point in the ring that is drawn anew each epoch, so that window borders move; the
+R mod T tokens left over are others each time. Validation reads windows in order from the start of the first document.
 """
 
 from collections.abc import Sequence
@@ -47,24 +46,25 @@ def derive(*parts: int) -> int:
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where ``index`` goes in the pseudo-random permutation of 0..size-1 that ``key`` names; O(1) memory in ``size``.
 
-    A balanced Feistel network over the smallest even number of bits that holds ``size``; a value that falls outside is
-    sent through again until it falls inside (cycle walking, Black & Rogaway 2002), which keeps the map a bijection.
+    Rounds of ``x * odd + key mod 2**bits`` and ``x ^ (x >> bits / 2)``, each a bijection of the words of the fewest
+    bits that hold ``size``; a word that falls outside goes through again until it falls inside (cycle walking, Black &
+    Rogaway 2002), which makes it a bijection of 0..size-1.
 
     Args:
-        index: integers in [0, size), any shape. size: 1 or more. key: a 64-bit word.
+        index: integers in [0, size), one-dimensional. size: 1 to 2**62. key: a 64-bit word.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = 2**half - 1
-    keys = [derive(key, turn) for turn in range(_ROUNDS)]
+    bits = (size - 1).bit_length()
+    low, shift = 2**bits - 1, (bits + 1) // 2
+    keys = [derive(key, turn) for turn in range(2 * _ROUNDS)]
     result = np.asarray(index).astype(np.uint64)
-    outside = np.ones(result.shape, dtype=bool)
-    while outside.any():
+    outside = np.arange(len(result))
+    while len(outside):
         word = result[outside]
-        left, right = word >> half, word & low
-        for round_key in keys:
-            left, right = right, left ^ (mix64(right ^ round_key) & low)
-        result[outside] = (left << half) | right
-        outside = result >= size
+        for factor, term in zip(keys[::2], keys[1::2], strict=True):
+            word = (word * (factor | 1) + term) & low
+            word ^= word >> shift
+        result[outside] = word
+        outside = outside[word >= size]
     return result.astype(np.int64)
 
 
@@ -81,7 +81,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on a device."""
-        return Batch(*(part if part is None else part.to(device, non_blocking=non_blocking) for part in self))
+        borders = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=non_blocking)
+        tokens, targets = (part.to(device, non_blocking=non_blocking) for part in self[:2])
+        return Batch(tokens, targets, borders)
 
 
 class Split:
