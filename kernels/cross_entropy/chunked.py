@@ -89,7 +89,7 @@ def forward(
 
 
 @forward.register_fake
-def _(x, weight, target, ignore_index, smoothing, z_loss, softcap, chunk, total, gradients):  # type: ignore[no-untyped-def]
+def _(x, weight, target, ignore_index, smoothing, z_loss, softcap, chunk, total, gradients):
     kind = compute_dtype(x)
     loss = x.new_empty(() if total else target.shape, dtype=kind)
     if not (total and gradients):
@@ -122,11 +122,11 @@ def backward(
 
 
 @backward.register_fake
-def _(grad, x, weight, *_):  # type: ignore[no-untyped-def]
+def _(grad, x, weight, *_):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output) -> None:
     x, weight, target, *ctx.rest, _, _ = inputs
     _, d_x, d_weight = output
     ctx.mark_non_differentiable(d_x, d_weight)
@@ -135,7 +135,7 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*((d_x, d_weight) if ctx.known else (x, weight, target)))
 
 
-def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad, *_):
     if ctx.known:
         pair = [(grad * d).to(kind) for d, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)]
     else:
@@ -147,7 +147,7 @@ def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
 forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _flops(x, weight, target, a, b, c, d, e, total, gradients, *, out_shape) -> int:  # type: ignore[no-untyped-def]
+def _flops(x, weight, target, a, b, c, d, e, total, gradients, *, out_shape) -> int:
     flops = cost(x, weight).flops
     return flops + cost(x, weight, backward=True).flops if total and gradients else flops
 

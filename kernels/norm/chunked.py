@@ -51,7 +51,7 @@ def backward(
         g = g * F.silu(wide)
     product = g * n
     if weight is not None:
-        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        d_weight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         g = g * weight.to(kind)
         along = (product @ weight.to(kind)).unsqueeze(-1)
     else:

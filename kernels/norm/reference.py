@@ -16,4 +16,4 @@ def normalise(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float,
         y = y if weight is None else y * weight.to(kind)
         y = y if gates is None else y * F.silu(gates[t].to(kind))
         outputs.append(y.to(x.dtype))
-    return torch.stack(outputs).view(x.shape) if outputs else torch.zeros_like(x)
+    return torch.stack(outputs).view(x.shape) if outputs else x.clone()

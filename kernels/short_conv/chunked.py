@@ -65,7 +65,7 @@ def forward(
 
 
 @forward.register_fake
-def _(x, weight, bias, state, cu_seqlens, silu):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, state, cu_seqlens, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape) if silu else absent(x)
 
 
@@ -108,16 +108,16 @@ def backward(
 
 
 @backward.register_fake
-def _(grad, z, x, weight, bias, state, cu_seqlens, silu):  # type: ignore[no-untyped-def]
+def _(grad, z, x, weight, bias, state, cu_seqlens, silu):
     return [absent(x) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, state)]
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.silu = inputs
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad, _):
     z, *tensors = ctx.saved_tensors
     return *present(backward(grad, z, *tensors, ctx.silu), tensors[:4]), None, None
 

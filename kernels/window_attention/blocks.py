@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..check import compute_dtype
 
 aten = torch.ops.aten
 
@@ -16,18 +17,28 @@ def heads_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple:
-    """Attention [B, H, C, D] of one block and its log-sum-exp [B, H, C] (None where the device's kernel keeps none)."""
+def has_kernel(device: torch.device) -> bool:
+    """Whether ATen has a kernel there that never holds the scores and whose backward goes on from the log-sum-exp."""
+    return device.type == "cpu"
+
+
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, H, C, D] of one block and its log-sum-exp [B, H, C]; ``mask`` [B or 1, 1, C, K] is added to scores.
+
+    Query heads that share a key head are taken one by one, or as more rows: keys are never repeated.
+    """
     group = q.shape[1] // k.shape[1]
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1
-        ), None
+    if not has_kernel(q.device):
+        probability, log_sum = _probability(_fold(q, group), k, mask, scale)
+        return _unfold(probability.to(v.dtype) @ v, group), _unfold(log_sum, group)
     run = aten._scaled_dot_product_flash_attention_for_cpu
     parts = [run(q[:, g::group], k, v, 0.0, causal, attn_mask=mask, scale=scale) for g in range(group)]
     if group == 1:
         return parts[0]
-    return tuple(torch.stack([part[i] for part in parts], 2).flatten(1, 2) for i in range(2))
+    o, log_sum = (torch.stack([part[i] for part in parts], 2).flatten(1, 2) for i in range(2))
+    return o, log_sum
 
 
 def block_backward(
@@ -41,13 +52,17 @@ def block_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block with respect to q [B, H, C, D] and k, v [B, Hkv, K, D]."""
+    """Gradients of one block with respect to q [B, H, C, D] and k, v [B, Hkv, K, D].
+
+    With P the probabilities: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q.
+    """
     group = q.shape[1] // k.shape[1]
-    if q.device.type != "cpu":
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            again, _ = block_forward(*leaves, mask, causal, scale)
-        return torch.autograd.grad(again, leaves, grad)
+    if not has_kernel(q.device):
+        q, grad, o = (_fold(x, group) for x in (q, grad, o))
+        probability, _ = _probability(q, k, mask, scale, _fold(lse.unsqueeze(-1), group))
+        along = (grad * o).to(lse.dtype).sum(-1, keepdim=True)
+        d_scores = (probability * ((grad @ v.mT).to(lse.dtype) - along) * scale).to(q.dtype)
+        return _unfold(d_scores @ k, group), d_scores.mT @ q, probability.to(q.dtype).mT @ grad
     run = aten._scaled_dot_product_flash_attention_for_cpu_backward
     parts = [
         run(grad[:, g::group], q[:, g::group], k, v, o[:, g::group], lse[:, g::group], 0.0, causal,
@@ -58,6 +73,28 @@ def block_backward(
         return parts[0]
     d_q = torch.stack([part[0] for part in parts], 2).flatten(1, 2)
     return d_q, sum(part[1] for part in parts), sum(part[2] for part in parts)
+
+
+def _fold(x: Tensor, group: int) -> Tensor:
+    """[B, Hkv * group, C, ...] as [B, Hkv, group * C, ...]."""
+    return x.unflatten(1, (-1, group)).flatten(2, 3)
+
+
+def _unfold(x: Tensor, group: int) -> Tensor:
+    """The inverse of :func:`_fold`."""
+    return x.unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def _probability(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, log_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax [B, Hkv, group * C, K] of folded queries and its log-sum-exp, or from one that is known."""
+    scores = (q @ k.mT).to(compute_dtype(q)) * scale
+    if mask is not None:
+        scores = (scores.unflatten(2, (-1, mask.shape[2])) + mask.unsqueeze(2)).flatten(2, 3)
+    if log_sum is None:
+        log_sum = torch.logsumexp(scores, -1, keepdim=True)
+    return torch.exp(scores - log_sum), log_sum.squeeze(-1)
 
 
 @dataclass
@@ -81,7 +118,7 @@ def blocks(q: Tensor, total: int, window: int | None, prefix: int, valid: Tensor
         window = None
     if length == 0:
         return
-    if window is None and past == prefix == 0 and valid is None:
+    if window is None and past == prefix == 0 and valid is None and has_kernel(q.device):
         yield Block(slice(0, length), slice(0, length), None, True)
         return
     size = 256 if window is None else min(max(window, 64), 256)

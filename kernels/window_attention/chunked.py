@@ -1,8 +1,8 @@
 """Window attention, a block of queries at a time, over views of the keys that the block can see.
 
 Time is O(T * (window + prefix)) and memory O(T); without a window, O(T^2) and O(T). Packed documents are taken one by
-one. On a CPU the block kernel is ATen's flash attention, whose log-sum-exp the backward is given; on other devices it
-is scaled_dot_product_attention, run again for the backward, or flash-attn where :mod:`.flash` chooses it.
+one. On a CPU the block kernel is ATen's flash attention, elsewhere the products themselves; the backward goes on from
+the log-sum-exp. What :mod:`.flash` can express on a GPU runs there instead.
 """
 
 import torch
@@ -27,7 +27,7 @@ def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:
 
 def piece_forward(
     q: Tensor, piece: Piece, prefix: Pair | tuple[None, None], window: int | None, scale: float
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Attention [B, T, H, D] of one piece and its log-sum-exp [B, H, T]."""
     extra = 0 if prefix[0] is None else prefix[0].shape[0]
     parts = [
@@ -44,8 +44,7 @@ def piece_forward(
     outputs = [out.transpose(1, 2) for out, _ in parts]
     if len(parts) == 1:
         return outputs[0], parts[0][1]
-    sums = [part[1] for part in parts if part[1] is not None]
-    return torch.cat(outputs, 1), torch.cat(sums, 2) if sums else None
+    return torch.cat(outputs, 1), torch.cat([log_sum for _, log_sum in parts], 2)
 
 
 def piece_backward(
@@ -60,9 +59,7 @@ def piece_backward(
 ) -> list[Tensor]:
     """Gradients of one piece: q [B, T, H, D], k, v [B, past + T, Hkv, D], and with a prefix its [P, Hkv, D] twice."""
     extra = 0 if prefix[0] is None else prefix[0].shape[0]
-    # Blocks add into the same keys; for half precision they do it in float32.
-    sums = [x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in (piece.k, piece.v, *prefix) if x is not None]
-    d_queries = []
+    d_queries, sums = [], []
     for block in blocks(q, piece.k.shape[1], window, extra, piece.valid):
         d_q, *d_kv = (
             x.transpose(1, 2)
@@ -72,7 +69,7 @@ def piece_backward(
                 with_prefix(prefix[0], piece.k[:, block.columns]),
                 with_prefix(prefix[1], piece.v[:, block.columns]),
                 heads_first(o[:, block.rows]),
-                lse[:, :, block.rows] if lse.numel() else lse,
+                lse[:, :, block.rows],
                 block.mask,
                 block.causal,
                 scale,
@@ -81,11 +78,13 @@ def piece_backward(
         if block.causal:  # the only block of its piece
             return [d_q, *d_kv]
         d_queries.append(d_q)
+        if not sums:  # blocks add into the same keys, in float32 where those are of half precision
+            sums = [x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in (piece.k, piece.v, *prefix) if x is not None]
         for i, d_x in enumerate(d_kv):
             sums[i][:, block.columns] += d_x[:, extra:]
             if extra:
                 sums[2 + i] += d_x[:, :extra].sum(0)
-    return [torch.cat(d_queries, 1) if d_queries else torch.zeros_like(q), *sums]
+    return [torch.cat(d_queries, 1), *sums]
 
 
 @operator("window_attention")
@@ -102,10 +101,7 @@ def forward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention o [B, T, H, D] and its log-sum-exp [B, H, T], which is empty where the device's kernel keeps none."""
-    package = flash.package(q.device, q.dtype, q.shape[3], prefix_k is not None, cache_k is not None)
-    if package is not None:
-        return flash.attend(package, q, k, v, cu_seqlens, window, scale), absent(q)
+    """Attention o [B, T, H, D] and its log-sum-exp [B, H, T]."""
     cache = None if cache_k is None or cache_v is None else (cache_k, cache_v)
     prefix = (prefix_k, prefix_v)
     parts = [
@@ -113,20 +109,14 @@ def forward(
         for piece in pieces(k, v, cache, count, cu_seqlens)
         if piece.tokens.stop > piece.tokens.start
     ]
-    o = parts[0][0] if len(parts) == 1 else torch.cat([q[:, :0], *(part[0] for part in parts)], 1)
-    sums = [part[1] for part in parts if part[1] is not None]
-    lse = torch.cat(sums, 2) if sums else q.new_empty(lse_shape(q), dtype=compute_dtype(q))
-    return o.contiguous(), lse
-
-
-def lse_shape(q: Tensor) -> tuple[int, ...]:
-    """[B, H, T] where the device's kernel keeps the log-sum-exp for the backward, else empty."""
-    return (q.shape[0], q.shape[2], q.shape[1]) if q.device.type == "cpu" else (0,)
+    if len(parts) == 1:
+        return parts[0][0].contiguous(), parts[0][1].contiguous()
+    return torch.cat([o for o, _ in parts], 1), torch.cat([log_sum for _, log_sum in parts], 2)
 
 
 @forward.register_fake
 def _(q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=compute_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute_dtype(q))
 
 
 @operator("window_attention_backward")
@@ -147,29 +137,25 @@ def backward(
     scale: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v, prefix_k, prefix_v, cache_k, cache_v; empty for those that were None."""
-    package = flash.package(q.device, q.dtype, q.shape[3], prefix_k is not None, cache_k is not None)
-    if package is not None:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            again = flash.attend(package, *leaves, cu_seqlens, window, scale)
-        return [*torch.autograd.grad(again, leaves, grad), *(absent(q) for _ in range(4))]
-    inputs = (q, k, v, prefix_k, prefix_v, cache_k, cache_v)
     cache = None if cache_k is None or cache_v is None else (cache_k, cache_v)
-    total = [None if x is None else x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in inputs]
-    for piece in pieces(k, v, cache, count, cu_seqlens):
-        tokens = piece.tokens
-        d_q, *rest = piece_backward(
-            grad[:, tokens], o[:, tokens], lse[:, :, tokens] if lse.numel() else lse, q[:, tokens], piece,
-            (prefix_k, prefix_v), window, scale,  # type: ignore[arg-type]
-        )  # fmt: skip
-        if cu_seqlens is None and not piece.past and prefix_k is None:
-            total[:3] = [d_q, *rest]
-            continue
-        add(total, piece, d_q, rest)
+    prefix = (prefix_k, prefix_v)
+    parts = [
+        (piece, piece_backward(*(x[:, piece.tokens] for x in (grad, o)), lse[:, :, piece.tokens], q[:, piece.tokens],
+                               piece, prefix, window, scale))  # type: ignore[arg-type]
+        for piece in pieces(k, v, cache, count, cu_seqlens)
+        if piece.tokens.stop > piece.tokens.start
+    ]  # fmt: skip
+    inputs = (q, k, v, prefix_k, prefix_v, cache_k, cache_v)
+    if len(parts) == 1 and prefix_k is None and cache_k is None:
+        total = [*parts[0][1], None, None, None, None]
+    else:
+        total = [None if x is None else x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in inputs]
+        for piece, gradients in parts:
+            add(total, piece, *gradients)
     return [absent(q) if x is None else x.to(q.dtype).contiguous() for x in total]
 
 
-def add(total: list[Tensor | None], piece: Piece, d_q: Tensor, rest: list[Tensor]) -> None:
+def add(total: list[Tensor | None], piece: Piece, d_q: Tensor, *rest: Tensor) -> None:
     """Put one piece's gradients where they belong: its tokens, its cached entries, the prefix that all pieces share."""
     total[0][:, piece.tokens] = d_q
     for i, d_x in enumerate(rest[:2]):
@@ -226,7 +212,11 @@ def window_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """The registered operator, called with the tensors of ``prefix`` and ``state`` laid out."""
+    """The registered operator on the tensors of ``prefix`` and ``state``, or what :mod:`.flash` has for the call."""
+    if prefix is None and state is None:
+        run = flash.choose(q.device, q.dtype, q.shape[3], everything=window is None and cu_seqlens is None)
+        if run is not None:
+            return run(q, k, v, cu_seqlens, window, scale)
     past = (None, None, None) if state is None else (state["k"], state["v"], state["count"])
     o, _ = forward(q, k, v, *(prefix or (None, None)), *past, cu_seqlens, window, scale)
     return o

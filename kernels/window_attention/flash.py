@@ -1,39 +1,64 @@
-"""The flash-attn package, where it is installed and can express the call: the one place that chooses it."""
+"""Causal attention on a GPU by kernels that exist: the flash-attn package, and torch's own. The one place that chooses.
+
+These run outside the registered operator, under autograd and as operators of their own.
+"""
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import log_once
 
-WIDEST = 256  # head width
+WIDEST = 256  # head width that flash-attn takes
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None, float], Tensor]
 
 
-def package(device: torch.device, dtype: torch.dtype, width: int, prefix: bool, state: bool) -> ModuleType | None:
-    """The package when it can run this call, else None: half precision on a GPU, no prefix, no cached keys."""
-    if device.type != "cuda" or importlib.util.find_spec("flash_attn") is None:
+def choose(device: torch.device, dtype: torch.dtype, width: int, everything: bool) -> Run | None:
+    """A function of (q, k, v, cu_seqlens, window, scale) for attention without prefix and cache, or None.
+
+    Args:
+        width: of a head.
+        everything: every token sees all tokens before it; no window, no documents.
+    """
+    if device.type != "cuda":
         return None
+    compiling = torch.compiler.is_compiling()
     half = dtype in (torch.float16, torch.bfloat16)
-    if not half or width > WIDEST or prefix or state:
-        return None
-    found = importlib.import_module("flash_attn")
-    log_once(f"window_attention: flash-attn {getattr(found, '__version__', 'of unknown version')} on {device.type}")
-    return found
+    if half and width <= WIDEST and importlib.util.find_spec("flash_attn") is not None:
+        package = importlib.import_module("flash_attn")
+        if not compiling:
+            log_once(f"window_attention: flash-attn {getattr(package, '__version__', 'of unknown version')}")
+        return partial(flash_attention, package)
+    if everything:
+        if not compiling:
+            log_once("window_attention: scaled_dot_product_attention for full attention")
+        return scaled_dot_product
+    return None
 
 
-def attend(
-    module: ModuleType, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float
+def flash_attention(
+    package: ModuleType, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float
 ) -> Tensor:
-    """Causal attention by the package, differentiable by autograd."""
-    limits = (-1 if window is None else window - 1, 0)
+    """By the flash-attn package."""
+    options = {"softmax_scale": scale, "causal": True, "window_size": (-1 if window is None else window - 1, 0)}
     if cu_seqlens is None:
-        return module.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=limits)
+        return package.flash_attn_func(q, k, v, **options)
     longest = q.shape[1]  # only sizes the launch; the true lengths lie on the device
-    packed = module.flash_attn_varlen_func(
-        q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest,
-        softmax_scale=scale, causal=True, window_size=limits,
-    )  # fmt: skip
-    return packed[None]
+    packed = (q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest)
+    return package.flash_attn_varlen_func(*packed, **options).unsqueeze(0)
+
+
+def scaled_dot_product(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float
+) -> Tensor:
+    """By torch: full attention alone."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
+    return F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -1,0 +1,82 @@
+"""Short convolution beyond conformance: against conv1d, documents shorter than the kernel, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import EXACT, Draw, assert_close, assert_same
+from torch import Tensor
+
+from palimpsest.kernels import short_conv
+
+
+def draw(batch: int = 2, length: int = 9, channels: int = 6, width: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    source = Draw(0, torch.float64)
+    return source.normal(batch, length, channels), source.normal(channels, width), source.normal(channels)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_is_a_depthwise_convolution(backend: str, width: int) -> None:
+    x, weight, bias = draw(width=width)
+    padded = F.pad(x.transpose(1, 2), (width - 1, 0))
+    wanted = F.conv1d(padded, weight.unsqueeze(1), bias, groups=6).transpose(1, 2)
+    assert_close([short_conv(x, weight, bias, backend=backend)[0]], [wanted], EXACT, "plain")
+    found, state = short_conv(x, weight, bias, activation="silu", backend=backend)
+    assert_close([found], [F.silu(wanted)], EXACT, "silu")
+    assert state is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_fresh_state_is_zeros(backend: str) -> None:
+    x, weight, bias = draw()
+    fresh = {"x": torch.zeros(2, 3, 6, dtype=torch.float64)}
+    found, after = short_conv(x, weight, bias, state=fresh, return_state=True, backend=backend)
+    assert_same([found], [short_conv(x, weight, bias, backend=backend)[0]], "fresh state")
+    assert_same([after["x"]], [x[:, -3:]], "state")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_short_documents_keep_what_they_have(backend: str) -> None:
+    """A state after fewer than K - 1 tokens is what went before, moved up, and then those tokens."""
+    x, weight, _ = draw(batch=1)
+    old = Draw(1, torch.float64).normal(4, 3, 6)
+    borders = torch.tensor([0, 0, 1, 3, 9], dtype=torch.int32)
+    _, after = short_conv(x, weight, state={"x": old}, cu_seqlens=borders, return_state=True, backend=backend)
+    wanted = [old[0], torch.cat([old[1, 1:], x[0, :1]]), torch.cat([old[2, 2:], x[0, 1:3]]), x[0, 6:]]
+    assert_same([after["x"]], [torch.stack(wanted)], "state")
+
+
+def test_weights_keep_their_own_dtype() -> None:
+    x, weight, bias = (t.float() for t in draw())
+    weight.requires_grad_()
+    y, _ = short_conv(x.bfloat16(), weight, bias)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"x": torch.zeros(2, 9)}, "x.shape"),
+        ({"x": torch.zeros(2, 0, 6)}, "x.shape"),
+        ({"x": torch.zeros(2, 9, 6, dtype=torch.int64)}, "x.dtype"),
+        ({"weight": torch.zeros(5, 4)}, "weight.shape"),
+        ({"weight": torch.zeros(6, 0)}, "weight.shape"),
+        ({"weight": torch.zeros(6, 4, dtype=torch.int64)}, "weight.dtype"),
+        ({"weight": torch.zeros(6, 4, device="meta")}, "weight.device"),
+        ({"bias": torch.zeros(5)}, "bias.shape"),
+        ({"bias": torch.zeros(6, device="meta")}, "bias.device"),
+        ({"activation": "gelu"}, "activation"),
+        ({"state": {"y": torch.zeros(2, 3, 6)}}, "state"),
+        ({"state": {"x": torch.zeros(2, 4, 6)}}, r"state\['x'\].shape"),
+        ({"state": {"x": torch.zeros(2, 3, 6, dtype=torch.int64)}}, r"state\['x'\].dtype"),
+        ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, "batch size with cu_seqlens"),
+        ({"x": torch.zeros(1, 9, 6), "cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens.dtype"),
+        ({"x": torch.zeros(1, 9, 6), "cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}, "cu_seqlens"),
+        ({"x": torch.zeros(1, 9, 6), "cu_seqlens": torch.tensor([0, 5, 4, 9], dtype=torch.int32)}, "cu_seqlens"),
+        ({"backend": "cuda"}, "backend"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}"):
+        short_conv(**({"x": torch.zeros(2, 9, 6), "weight": torch.zeros(6, 4)} | change))  # type: ignore[arg-type]
