@@ -127,7 +127,7 @@ def write_sample(config: RunConfig) -> str:
     run = harness.open_run(config.folder, harness.pick_device(config.train.device))
     prompt = config.eval.prompt
     tokens = [run.tokenizer.separator, *run.tokenizer.encode(prompt)]
-    settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": config.seed}
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": config.seed}
     said = list(generate(run.model, tokens, max_tokens=SAMPLE_TOKENS, stop=(run.tokenizer.separator,), **settings))
     text = prompt + run.tokenizer.decode(said)
     how = ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -122,7 +122,7 @@ class MemoryLM(nn.Module):
         cap = self.config.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    def _loss(self, x: Tensor, targets: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
         weight = self._head_weight()
         kind = autocast_dtype(x.device)
         if kind is not None:  # autocast does not see into a registered operation
@@ -183,7 +183,7 @@ class MemoryLM(nn.Module):
                 numbers = module.diagnose(args[0])  # type: ignore[operator]
                 found.update({f"layer.{layer}/{name}": value for name, value in numbers.items()})
 
-            handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr,operator]
+            handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr]
         try:
             self(tokens, return_state=False, targets=torch.zeros_like(tokens))
         finally:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,15 @@ class State:
             beside.unlink(missing_ok=True)
 
 
+def _from_parts(parts: Iterable[Any], fingerprint: str) -> State:
+    layers, position = parts
+    return State(layers, position, fingerprint)
+
+
 pytree.register_pytree_node(
     State,
     lambda state: ([state.layers, state.position], state.fingerprint),
-    lambda children, fingerprint: State(*children, fingerprint),  # type: ignore[misc]
+    _from_parts,
     serialized_type_name="palimpsest.models.state.State",
 )
 

@@ -224,6 +224,7 @@ class Run:
         """Add one micro batch's share of the gradient; returns its loss, summed over its targets."""
         with self.autocast:
             output = self.forward(batch)
+        assert output.loss_sum is not None  # it is there whenever there are targets
         # ddp and fsdp take the mean of the processes' gradients; what is wanted is their sum.
         (output.loss_sum * (self.world.size / max(valid, 1))).backward()
         return output.loss_sum.detach()
@@ -260,6 +261,7 @@ class Run:
         with parallel.evaluation(self.model), self.autocast:
             for batch in (batch for index in range(count) for batch in self.share(split, index)):
                 output = self.forward(batch, reduction="none")
+                assert output.loss is not None and output.valid is not None
                 size = split.bytes_of(batch.targets).sum().to(sums)
                 sums += torch.stack([output.loss.double().sum(), output.valid.double(), size])
         nats, valid, size = parallel.total(sums).tolist()

@@ -127,8 +127,7 @@ class MemoryLayer(Mixer):
 
     def _finish(self, o: Tensor, gate: Tensor) -> Tensor:
         """Norm per head, gate, output projection: o [B, T, H, D] → [B, T, dim]."""
-        gate = gate.view(o.shape) if self.gate_width else None
-        return self.out(self.out_norm(o, gate).flatten(2))
+        return self.out(self.out_norm(o, gate.view(o.shape) if self.gate_width else None).flatten(2))
 
     def query(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool
