@@ -15,7 +15,7 @@ def require(condition: bool, name: str, was: object, must: str) -> None:
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None], layout: str) -> None:
-    """Check a shape; ``None`` in ``expected`` leaves that size free. ``layout`` is the documented form, e.g. ``[B, T, H, D]``."""
+    """Check a shape; ``None`` in ``expected`` leaves that size free; ``layout`` is the documented form, ``[B, T, H, D]``."""
     require(isinstance(tensor, Tensor), name, type(tensor).__name__, f"be a tensor {layout}")
     fits = tensor.dim() == len(expected) and all(
         want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
@@ -43,7 +43,9 @@ def sequence_borders(cu_seqlens: Tensor | None, batch: int, length: int, where: 
     if cu_seqlens is None:
         return
     require(batch == 1, "batch size with cu_seqlens", batch, "be 1: packed documents lie in one row")
-    require(cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2, "cu_seqlens.shape", tuple(cu_seqlens.shape), "be [N + 1]")
+    require(
+        cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2, "cu_seqlens.shape", tuple(cu_seqlens.shape), "be [N + 1]"
+    )
     dtype("cu_seqlens", cu_seqlens, (torch.int32,))
     device("cu_seqlens", cu_seqlens, where)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():

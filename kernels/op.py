@@ -14,7 +14,7 @@ from . import backend as backends
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call must do at least: floating-point operations (a multiply-add is 2) and bytes moved to or from memory."""
+    """What one call must do at least: floating-point operations (a multiply-add is 2), and bytes to or from memory."""
 
     flops: int
     bytes: int

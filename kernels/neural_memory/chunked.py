@@ -316,7 +316,7 @@ def chunk_forward(
     norm: Tensor | None,
     spec: MemorySpec,
 ) -> tuple[Tensor, list[Tensor], Chunk]:
-    """One chunk of M memories: q, k, v [M, c, ·], [W; S] and anchor of each layer, norm [M, 1, out] → reads, new [W; S].
+    """One chunk of M memories: q, k, v [M, c, ·], [W; S] and anchor of each layer, norm [M, 1, out] → reads, [W; S].
 
     The third result is what :func:`chunk_backward` needs.
     """

@@ -43,3 +43,27 @@ def cost(
     state = 4 * sum(h * a * b for h, a, b in shapes) * (2 if spec.has_momentum else 1)
     moved = batch * length * heads * per_token + 2 * batch * state
     return Cost(2 * flops, 2 * moved) if backward else Cost(flops, moved)
+
+
+def segment_chunks(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
+    """G, the chunks between two kept states; ``widths`` are (in, out) of each layer.
+
+    Chosen so that the kept states cost about as much as q, k, v and o do (4 D floats a token and head), and the replay
+    of one segment not much more.
+    """
+    state = sum(a * b for a, b in widths) * (2 if spec.has_momentum else 1)
+    return max(1, -(-state // (4 * widths[0][0] * spec.chunk_size)))
+
+
+def training_bytes_per_token(heads: int, key_dim: int, value_dim: int, spec: MemorySpec) -> float:
+    """Bytes that forward and backward of the torch path hold at their peak, per token of one row, in float32.
+
+    At the peak, in the backward: o and its gradient; q, k, v, the gates and o's gradient laid out by head; the
+    gradients of q, k, v and the gates laid out alike; and one kept state every G chunks. What does not grow with T
+    (the replay of one segment, the weights' gradients) is not in it, nor are the inputs themselves.
+    """
+    widths = [(a, b) for _, a, b in spec.weight_shapes(heads, key_dim, value_dim)]
+    gates = 1 + (spec.retention == "l2") + spec.has_momentum
+    tokens = 2 * value_dim + 2 * (2 * key_dim + value_dim + gates) + value_dim
+    state = sum(a * b for a, b in widths) * (2 if spec.has_momentum else 1)
+    return 4.0 * heads * (tokens + state / (spec.chunk_size * segment_chunks(spec, widths)))

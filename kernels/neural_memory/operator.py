@@ -11,23 +11,13 @@ from torch import Tensor
 
 from ..check import compute_dtype
 from ..op import flop_formula
-from ..operator import absent, operator
+from ..operator import absent, operator, present
 from .chunked import Chunk, chunk_backward, chunk_forward
-from .cost import matmul_flops
+from .cost import matmul_flops, segment_chunks
 from .gates import gates_backward, make_gates
 from .schedule import Step, make_schedule
 from .spec import MemorySpec
 from .tokens import Tokens
-
-
-def segment_chunks(spec: MemorySpec, shapes: Sequence[Sequence[int]]) -> int:
-    """G, the chunks between two kept states.
-
-    Chosen so that the kept states cost about as much as q, k, v and o do (4 D floats a token and head), and not more
-    than the replay of one segment needs. Shapes are those of the weights, [..., in, out].
-    """
-    state = sum(a * b for *_, a, b in shapes) * (2 if spec.has_momentum else 1)
-    return max(1, -(-state // (4 * shapes[0][-2] * spec.chunk_size)))
 
 
 def checkpoint_rows(batch: int, length: int, rows: int, chunk: int, every: int, ragged: bool) -> int:
@@ -41,7 +31,7 @@ def _checkpoint_slots(
     q: Tensor, weights: Sequence[Tensor], position: Tensor | None, cu_seqlens: Tensor | None, spec: MemorySpec
 ) -> int:
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    every = segment_chunks(spec, [w.shape for w in weights])
+    every = segment_chunks(spec, [(w.shape[-2], w.shape[-1]) for w in weights])
     ragged = position is not None or cu_seqlens is not None
     return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.chunk_size, every, ragged)
 
@@ -69,7 +59,7 @@ class _Call:
         self.tokens = [self.layout.lay(x, self.kind) for x in tokens]
         self.norm = None if norm is None else norm.to(self.kind).repeat(self.rows, 1).unsqueeze(1)
         self.weights, self.state = weights, state
-        every = segment_chunks(spec, [w.shape for w in weights])
+        every = segment_chunks(spec, [(w.shape[-2], w.shape[-1]) for w in weights])
         steps = self.schedule.steps
         self.segments = [steps[i : i + every] for i in range(0, len(steps), every)]
 
@@ -243,6 +233,8 @@ def neural_memory_backward_op(
             more = _step_backward(call, s, chunk, d_reads, d_states, d_anchor, grads)
             if d_norm is not None and more is not None:
                 d_norm += more
+    del states, anchor, d_reads
+    call.tokens.clear()  # not needed any more, and as large as the results that are laid out next
     return _lay_out(call, inputs, grads, d_norm, norm, d_states, d_anchor)
 
 
@@ -283,7 +275,7 @@ def _step_backward(
 def _lay_out(
     call: _Call,
     inputs: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
+    grads: list[Tensor | None],
     d_norm: Tensor | None,
     norm: Tensor | None,
     d_states: list[Tensor],
@@ -319,39 +311,31 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     finals = what.layers * (3 if what.has_momentum else 2)
     kept = output[2 + finals :]
     ctx.mark_non_differentiable(output[1 + finals], *kept)
-    ctx.counts = (len(weights), len(state), finals, len(kept))
+    ctx.set_materialize_grads(False)  # zeros for every kept state would double them
+    ctx.final_shapes = [x.shape for x in output[1 : 1 + finals]]
+    ctx.counts = (len(weights), len(state))
     ctx.spec = spec
-    ctx.save_for_backward(q, k, v, step, log_retain, log_momentum, norm, position, cu_seqlens, *weights, *state, *kept)
+    tokens = (q, k, v, step, log_retain, log_momentum)
+    ctx.save_for_backward(*tokens, norm, position, cu_seqlens, *weights, *state, *kept)
 
 
 def _backward(ctx, grads):  # type: ignore[no-untyped-def]
-    q, k, v, step, log_retain, log_momentum, norm, position, cu_seqlens, *rest = ctx.saved_tensors
-    n_weights, n_state, finals, _ = ctx.counts
+    *tokens, norm, position, cu_seqlens = ctx.saved_tensors[:9]
+    rest = ctx.saved_tensors[9:]
+    n_weights, n_state = ctx.counts
     weights, state, kept = rest[:n_weights], rest[n_weights : n_weights + n_state], rest[n_weights + n_state :]
-    found = neural_memory_backward_op(
-        grads[0],
-        list(grads[1 : 1 + finals]),
-        q,
-        k,
-        v,
-        step,
-        log_retain,
-        log_momentum,
-        weights,
-        norm,
-        state,
-        position,
-        cu_seqlens,
-        kept,
-        ctx.spec,
-    )
-    tokens = [
-        None if x is None else g for x, g in zip((q, k, v, step, log_retain, log_momentum), found[:6], strict=True)
+    q, _, v = tokens[:3]
+    d_o = torch.zeros_like(v) if grads[0] is None else grads[0]
+    kind = compute_dtype(q)
+    d_final = [
+        q.new_zeros(shape, dtype=kind) if grad is None else grad
+        for grad, shape in zip(grads[1:], ctx.final_shapes, strict=False)
     ]
+    found = neural_memory_backward_op(d_o, d_final, *tokens, weights, norm, state, position, cu_seqlens, kept, ctx.spec)
+    d_tokens = present(found[:6], tokens)
     d_norm = None if norm is None else found[6]
     d_weights = [None] * n_weights if n_state else found[7:]
-    d_state = found[7:] if n_state else []
-    return (*tokens, d_weights, d_norm, d_state, None, None, None, None)
+    return (*d_tokens, d_weights, d_norm, found[7:] if n_state else [], None, None, None, None)
 
 
 neural_memory_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,80 @@
+"""Conformance cases of neural memory: a covering array, in which every pair of choices occurs together."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from harness import EXACT, SINGLE, Draw, OperationCase, register_case
+from palimpsest.kernels import MemorySpec, neural_memory
+from palimpsest.kernels.neural_memory.cost import cost
+from palimpsest.kernels.op import Cost
+
+HEADS, WIDTH = 2, 4
+
+#: network, depth, norm, residual, bias, retention, rule, chunk_size, read_after_write
+ROWS = {
+    "titans": ("mlp", 2, True, True, "l2", "l2", "momentum", 8, True),
+    "titans_read_before": ("mlp", 2, True, True, "l2", "l2", "momentum", 4, False),
+    "mlp_plain": ("mlp", 2, False, False, "l2", "none", "gd", 8, False),
+    "mlp_dot": ("mlp", 2, False, True, "dot", "l2", "gd", 4, True),
+    "mlp_dot_norm": ("mlp", 2, True, False, "dot", "none", "momentum", 1, True),
+    "deep": ("mlp", 3, True, True, "l2", "none", "momentum", 4, True),
+    "deepest": ("mlp", 4, False, True, "dot", "l2", "momentum", 8, False),
+    "online": ("mlp", 2, True, True, "l2", "l2", "gd", 1, False),
+    "linear": ("linear", 1, False, False, "l2", "l2", "momentum", 8, True),
+    "linear_dot": ("linear", 1, False, False, "dot", "l2", "gd", 4, False),
+    "ttt_linear": ("linear", 1, True, True, "l2", "none", "gd", 8, True),
+    "linear_online": ("linear", 1, False, True, "l2", "none", "momentum", 1, False),
+    "linear_dot_norm": ("linear", 1, True, False, "dot", "l2", "momentum", 4, True),
+}
+# A LayerNorm inside the memory puts 1/std into the inner gradient and 1/std³ into its derivative, once per token: the
+# reference itself, run in float32, ends up to 3e-5 from its float64 self here, and 1e-13 is as far in float64.
+NORM_SINGLE, NORM_EXACT = 1e-4, 1e-11
+FIELDS = ("network", "depth", "norm", "residual", "bias", "retention", "rule", "chunk_size", "read_after_write")
+
+
+def make(draw: Draw, batch: int, length: int, *, spec: MemorySpec) -> dict[str, Any]:
+    """Unit keys and queries, gates as a layer would give them, steps that keep the recurrence stable."""
+    # Gates stay in float32 where tokens are halves, as the operation demands.
+    gate = torch.float64 if draw.dtype == torch.float64 else torch.float32
+    shape = (batch, length, HEADS)
+    q, k = (torch.nn.functional.normalize(draw.normal(*shape, WIDTH), dim=-1) for _ in range(2))
+    own = Draw(5, torch.float64)  # parameters: the same for every batch and length
+    shapes = spec.weight_shapes(HEADS, WIDTH, WIDTH)
+    return {
+        "q": q,
+        "k": k,
+        "v": draw.normal(*shape, WIDTH),
+        "step": draw.uniform(0.02, 0.2, *shape, dtype=gate),
+        "log_retain": draw.uniform(-0.3, -0.01, *shape, dtype=gate) if spec.retention == "l2" else None,
+        "log_momentum": draw.uniform(-2.0, -0.2, *shape, dtype=gate) if spec.has_momentum else None,
+        "weights": [own.normal(*s, scale=s[1] ** -0.5, dtype=draw.dtype) for s in shapes],
+        "norm": own.uniform(0.5, 1.5, HEADS, WIDTH, dtype=draw.dtype) if spec.norm else None,
+        "spec": spec,
+    }
+
+
+def costs(arguments: dict[str, Any]) -> tuple[Cost, Cost]:
+    """Of forward and backward."""
+    batch, length, heads, width = arguments["q"].shape
+    shapes = batch, length, heads, width, arguments["v"].shape[-1], arguments["spec"]
+    return cost(*shapes), cost(*shapes, backward=True)
+
+
+for name, row in ROWS.items():
+    spec = MemorySpec(expansion=2, **dict(zip(FIELDS, row, strict=True)))  # type: ignore[arg-type]
+    register_case(
+        OperationCase(
+            name=f"neural_memory/{name}",
+            operation="neural_memory",
+            call=neural_memory,
+            make=partial(make, spec=spec),
+            tokens=("q", "k", "v", "step", "log_retain", "log_momentum"),
+            state=True,
+            packed=True,
+            block=max(spec.chunk_size, 3),
+            cost=costs,
+            single=NORM_SINGLE if spec.norm else SINGLE,
+            exact=NORM_EXACT if spec.norm else EXACT,
+        )
+    )
