@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..models import load
+from ..train import TrainingDiverged
+from ..train.checkpoint import CheckpointError
 from ..train.config import EvalConfig, RunConfig, read_config
 from ..train.data import prepare
 from ..train.tokenizer import Tokenizer, load_tokenizer
@@ -50,7 +52,7 @@ def reported() -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, TrainingDiverged, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         outcome.code = 2
     except BrokenPipeError:
@@ -145,7 +147,7 @@ class Plan:
     def of(cls, section: EvalConfig, **changed: Any) -> "Plan":
         """What a run's ``eval`` section asks for, with some fields changed (None: not)."""
         given = {name: value for name, value in changed.items() if value is not None}
-        return cls(**({"factor": section.max_length_factor, "tokens": section.budget_bytes} | given))
+        return cls(**({"factor": section.max_length_factor, "tokens": section.tokens} | given))
 
     def __post_init__(self) -> None:
         for name in ("factor", "tokens", "batch", "examples"):

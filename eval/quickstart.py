@@ -66,7 +66,7 @@ def heading(number: int, text: str, began: float) -> None:
 def identity(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     """What the results depend on: results of other values are measured again."""
     parts = ("seed", "model", "data", "train", "eval")
-    free = ("out", "resume", "device", "threads", "log_every")
+    free = ("out", "resume", "device", "threads", "log_every", "tensorboard")
     return [
         {part: _without(config.plain()[part], free if part == "train" else ()) for part in parts} for config in configs
     ]
@@ -77,49 +77,55 @@ def _without(section: Any, keys: Sequence[str]) -> Any:
 
 
 def verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Who is ahead beyond the training context, in words, by the paired difference over rows of text."""
+    """Who is ahead within and beyond the training context, in words, by the paired difference over rows of text."""
     (first, mine), (second, other) = results.items()
     lines = []
     for part, place in (("within", "Within the training context"), ("beyond", "Beyond it")):
+        if mine[part] is None:
+            continue
         pairs = [b - a for a, b in zip(mine[part]["by_row"], other[part]["by_row"], strict=True)]
         gain = statistics.fmean(pairs)
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("inf")
-        ahead = first if gain > 0 else second
-        size = f"by {abs(gain):.3f} ± {error:.3f} bits per byte (paired over {len(pairs)} rows, standard error)"
+        line = f"{place} {first if gain > 0 else second} is ahead by {abs(gain):.3f}"
+        if len(pairs) == 1:
+            lines.append(f"{line} bits per byte, on one row of text: too few to tell how sure that is.")
+            continue
+        error = statistics.stdev(pairs) / len(pairs) ** 0.5
         unsure = "" if abs(gain) > 2 * error else ", which is too close to call"
-        lines.append(f"{place} {ahead} is ahead {size}{unsure}.")
+        lines.append(f"{line} ± {error:.3f} bits per byte (standard error, {len(pairs)} rows in pairs){unsure}.")
     return "\n".join(lines)
 
 
-def compare(configs: Sequence[RunConfig], began: float) -> dict[str, Any]:
-    """Both models on the same held-out text; writes comparison.json, .md and .png. Found ones are kept."""
-    folder = configs[0].folder
-    path, same = folder / "comparison.json", identity(configs)
+def compare(configs: Sequence[RunConfig], began: float) -> tuple[dict[str, Any], bool]:
+    """Both models on the same held-out text, in comparison.json, .md and .png; and whether it was there already."""
+    folder, same = configs[0].folder, identity(configs)
+    path = folder / "comparison.json"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("identity") == same:
-            return found
+            return found, True
     results, counts = {}, {}
+    device = harness.pick_device(configs[0].train.device)
     for config in configs:
-        run = harness.open_run(config.folder, harness.pick_device(config.train.device))
-        plan = harness.Plan.of(config.eval, tasks=("perplexity",))
-        content = harness.evaluate(run, plan)
+        run = harness.open_run(config.folder, device)
+        content = harness.evaluate(run, harness.Plan.of(config.eval, tasks=("perplexity",)))
         harness.write(run.folder, content)
         results[kinds(config)], counts[kinds(config)] = content["tasks"]["perplexity"], content["model"]["parameters"]
-    names = ", ".join(f"{name} {count:,} parameters" for name, count in counts.items())
-    train_of = configs[0].train
-    tokens = train_of.steps * train_of.batch_size * train_of.seq_len
-    text = (
-        f"# Held-out bits per byte by position\n\n{names}.\n"
-        f"Each was trained on {tokens:,} tokens at a context of {train_of.seq_len}, and reads the text with a carried "
-        f"state. * marks the lower number.\n\n{report.side_by_side(results)}\n\n{verdict(results)}\n"
+    settings = configs[0].train
+    text = "\n\n".join(
+        [
+            "# Held-out bits per byte by position",
+            "; ".join(f"{name}: {count:,} parameters" for name, count in counts.items()) + ".",
+            f"Each was trained on {settings.steps * settings.batch_size * settings.seq_len:,} tokens at a context of "
+            f"{settings.seq_len} and reads the text with a carried state. The lower number of a row has a *.",
+            report.side_by_side(results),
+            verdict(results),
+        ]
     )
-    content = {"identity": same, "parameters": counts, "results": results, "report": text}
-    record.write_text(folder / "comparison.md", text)
     plots.comparison(folder / "comparison.png", results)
-    content |= record.provenance(run.device, time.monotonic() - began)
-    record.write_json(path, content)
-    return content
+    record.write_text(folder / "comparison.md", text + "\n")
+    content = {"identity": same, "parameters": counts, "results": results, "report": text}
+    record.write_json(path, content | record.provenance(device, time.monotonic() - began))  # last: it says all is there
+    return content, False
 
 
 def write_sample(config: RunConfig) -> str:
@@ -159,13 +165,12 @@ def farewell(config: RunConfig, other: RunConfig) -> str:
     ]
     lines = [f"\nEverything is in {folder}/"]
     lines += [f"  {name:<18} {what}" for name, what in there if (folder / name).exists()]
-    longer = f"{call} -m palimpsest.train {CONFIG} name=longer train.steps={10 * config.train.steps}"
     lines += [
         "\nWhat to try next",
         f'  {call} -m palimpsest.eval.generate {folder} --prompt "class " --temperature 0.7',
         f"  {call} -m palimpsest.eval {folder}",
-        f"  {longer}",
-        f"  {call} -m palimpsest.train {CONFIG} name=lmm model.mixer.kind=neural_memory",
+        f"  {call} -m palimpsest.train {CONFIG} name=longer train.steps={10 * config.train.steps}",
+        f"  {call} -m palimpsest.train configs/tiny/titans_mac.yaml",
         f"  {call} -m tensorboard.main --logdir {folder.parent}",
     ]
     return "\n".join(lines)
@@ -174,39 +179,47 @@ def farewell(config: RunConfig, other: RunConfig) -> str:
 def run(config: RunConfig) -> int:
     """All five parts; each finds what an earlier call has done. 0 when complete, 1 when asked to stop on the way."""
     began = time.monotonic()
-    other = baseline(config)
-    configs = (config, other)
-    made = [config.folder / name for name in ("comparison.json", "sample.txt")]
-    already = all(path.exists() for path in made)
-    heading(1, "The text: the Python standard library's source", began)
+    configs = (config, baseline(config))
+    heading(1, "The text", began)
     corpus = prepare(config.data)
     training, validation = corpus.split("train"), corpus.split("validation")
-    print(f"{training.tokens:,} tokens to train on, {validation.tokens:,} held out, {corpus.tokenizer.name} tokenizer")
+    print(
+        f"{config.data.source}: {training.tokens:,} tokens to train on, {validation.tokens:,} held out, "
+        f"tokenizer {corpus.tokenizer.name}"
+    )
     for number, each in enumerate(configs, start=2):
         count = parameters(each.plain())
         heading(number, f"Training {kinds(each)}, {count:,} parameters, {each.train.steps:,} steps", began)
         summary = train(each)
         if summary.status != "complete":
-            print(f"stopped at step {summary.step:,}; the same command goes on from there")
+            print(f"Stopped at step {summary.step:,}; the same command goes on from there.")
             return 1
     plots.losses(config.folder / "loss.png", {kinds(each): read_metrics(each.folder) for each in configs})
     heading(4, f"Held-out text, to {config.eval.max_length_factor} times the training context", began)
-    compared = compare(configs, began)
+    compared, found = compare(configs, began)
     print(compared["report"])
-    heading(5, "A sample", began)
+    heading(5, "A sample of what it writes", began)
     sample = config.folder / "sample.txt"
-    print(sample.read_text(encoding="utf-8") if already else write_sample(config))
-    print(farewell(config, other))
-    print(f"\n{'It was already complete' if already else 'Complete'}: {time.monotonic() - began:.0f} s.")
+    complete = found and sample.exists()
+    print(sample.read_text(encoding="utf-8") if complete else write_sample(config))
+    print(farewell(*configs))
+    print(
+        f"\n{'Nothing was left to do: it is complete' if complete else 'Complete'}. {time.monotonic() - began:.0f} s."
+    )
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser("palimpsest-quickstart", description=__doc__)
+    made.add_argument("config", nargs="?", default=CONFIG, help=f"a run's configuration (default {CONFIG})")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100")
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 when complete, 1 when stopped on the way, 2 for bad input."""
-    made = argparse.ArgumentParser("palimpsest-quickstart", description=__doc__)
-    made.add_argument("config", nargs="?", default=CONFIG, help=f"a run's configuration (default {CONFIG})")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100")
-    args = made.parse_args(argv)
+    args = parser().parse_args(argv)
     if "=" in args.config:
         args.config, args.overrides = CONFIG, [args.config, *args.overrides]
     with harness.reported() as outcome:

@@ -119,8 +119,8 @@ class EvalConfig(Strict):
 
     max_length_factor: Count = 8
     """Held-out loss by position, up to this many times the training length."""
-    budget_bytes: Count = 1_000_000
-    """Held-out bytes read at each length."""
+    tokens: Count = 131_072
+    """Held-out tokens read, about."""
     prompt: str = "def "
     """Where the run's sample text starts."""
 
