@@ -28,7 +28,7 @@ def forward(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, m
 
 
 @forward.register_fake
-def _(x, weight, gate, eps, mean):  # type: ignore[no-untyped-def]
+def _(x, weight, gate, eps, mean):
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x))
 
 
@@ -63,16 +63,16 @@ def backward(
 
 
 @backward.register_fake
-def _(grad, factor, x, weight, gate, mean):  # type: ignore[no-untyped-def]
+def _(grad, factor, x, weight, gate, mean):
     return [absent(x) if y is None else y.new_empty(y.shape) for y in (x, weight, gate)]
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output) -> None:
     x, weight, gate, _, ctx.mean = inputs
     ctx.save_for_backward(output[1], x, weight, gate)
 
 
-def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad, _):
     factor, *tensors = ctx.saved_tensors
     return *present(backward(grad, factor, *tensors, ctx.mean), tensors), None, None
 

@@ -18,6 +18,11 @@ from .cost import cost
 Pair = tuple[Tensor, Tensor]
 
 
+def pair(first: Tensor | None, second: Tensor | None) -> Pair | None:
+    """Two optional arguments of an operator that come together or not at all."""
+    return None if first is None or second is None else (first, second)
+
+
 def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:
     """[P, H, D] before every row of x [B, T, H, D], as the kernels read them: [B, H, P + T, D]."""
     if prefix is not None:
@@ -26,15 +31,15 @@ def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:
 
 
 def piece_forward(
-    q: Tensor, piece: Piece, prefix: Pair | tuple[None, None], window: int | None, scale: float
+    q: Tensor, piece: Piece, prefix: Pair | None, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, T, H, D] of one piece and its log-sum-exp [B, H, T]."""
-    extra = 0 if prefix[0] is None else prefix[0].shape[0]
+    extra = 0 if prefix is None else prefix[0].shape[0]
     parts = [
         block_forward(
             heads_first(q[:, block.rows]),
-            with_prefix(prefix[0], piece.k[:, block.columns]),
-            with_prefix(prefix[1], piece.v[:, block.columns]),
+            with_prefix(prefix and prefix[0], piece.k[:, block.columns]),
+            with_prefix(prefix and prefix[1], piece.v[:, block.columns]),
             block.mask,
             block.causal,
             scale,
@@ -53,21 +58,22 @@ def piece_backward(
     lse: Tensor,
     q: Tensor,
     piece: Piece,
-    prefix: Pair | tuple[None, None],
+    prefix: Pair | None,
     window: int | None,
     scale: float,
 ) -> list[Tensor]:
     """Gradients of one piece: q [B, T, H, D], k, v [B, past + T, Hkv, D], and with a prefix its [P, Hkv, D] twice."""
-    extra = 0 if prefix[0] is None else prefix[0].shape[0]
-    d_queries, sums = [], []
+    extra = 0 if prefix is None else prefix[0].shape[0]
+    d_queries: list[Tensor] = []
+    sums: list[Tensor] = []
     for block in blocks(q, piece.k.shape[1], window, extra, piece.valid):
         d_q, *d_kv = (
             x.transpose(1, 2)
             for x in block_backward(
                 heads_first(grad[:, block.rows]),
                 heads_first(q[:, block.rows]),
-                with_prefix(prefix[0], piece.k[:, block.columns]),
-                with_prefix(prefix[1], piece.v[:, block.columns]),
+                with_prefix(prefix and prefix[0], piece.k[:, block.columns]),
+                with_prefix(prefix and prefix[1], piece.v[:, block.columns]),
                 heads_first(o[:, block.rows]),
                 lse[:, :, block.rows],
                 block.mask,
@@ -79,7 +85,7 @@ def piece_backward(
             return [d_q, *d_kv]
         d_queries.append(d_q)
         if not sums:  # blocks add into the same keys, in float32 where those are of half precision
-            sums = [x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in (piece.k, piece.v, *prefix) if x is not None]
+            sums = [x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in (piece.k, piece.v, *(prefix or ()))]
         for i, d_x in enumerate(d_kv):
             sums[i][:, block.columns] += d_x[:, extra:]
             if extra:
@@ -102,10 +108,9 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention o [B, T, H, D] and its log-sum-exp [B, H, T]."""
-    cache = None if cache_k is None or cache_v is None else (cache_k, cache_v)
-    prefix = (prefix_k, prefix_v)
+    cache, prefix = pair(cache_k, cache_v), pair(prefix_k, prefix_v)
     parts = [
-        piece_forward(q[:, piece.tokens], piece, prefix, window, scale)  # type: ignore[arg-type]
+        piece_forward(q[:, piece.tokens], piece, prefix, window, scale)
         for piece in pieces(k, v, cache, count, cu_seqlens)
         if piece.tokens.stop > piece.tokens.start
     ]
@@ -115,7 +120,7 @@ def forward(
 
 
 @forward.register_fake
-def _(q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute_dtype(q))
 
 
@@ -137,25 +142,24 @@ def backward(
     scale: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v, prefix_k, prefix_v, cache_k, cache_v; empty for those that were None."""
-    cache = None if cache_k is None or cache_v is None else (cache_k, cache_v)
-    prefix = (prefix_k, prefix_v)
-    parts = [
-        (piece, piece_backward(*(x[:, piece.tokens] for x in (grad, o)), lse[:, :, piece.tokens], q[:, piece.tokens],
-                               piece, prefix, window, scale))  # type: ignore[arg-type]
-        for piece in pieces(k, v, cache, count, cu_seqlens)
-        if piece.tokens.stop > piece.tokens.start
-    ]  # fmt: skip
-    inputs = (q, k, v, prefix_k, prefix_v, cache_k, cache_v)
-    if len(parts) == 1 and prefix_k is None and cache_k is None:
-        total = [*parts[0][1], None, None, None, None]
+    cache, prefix = pair(cache_k, cache_v), pair(prefix_k, prefix_v)
+    parts = []
+    for piece in pieces(k, v, cache, count, cu_seqlens):
+        mine = piece.tokens
+        if mine.stop > mine.start:
+            known = grad[:, mine], o[:, mine], lse[:, :, mine], q[:, mine]
+            parts.append((piece, piece_backward(*known, piece, prefix, window, scale)))
+    if len(parts) == 1 and prefix is None and cache is None:
+        total = [*parts[0][1], *(absent(q) for _ in range(4))]
     else:
-        total = [None if x is None else x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in inputs]
+        inputs = (q, k, v, prefix_k, prefix_v, cache_k, cache_v)
+        total = [absent(q) if x is None else x.new_zeros(x.shape, dtype=compute_dtype(q)) for x in inputs]
         for piece, gradients in parts:
             add(total, piece, *gradients)
-    return [absent(q) if x is None else x.to(q.dtype).contiguous() for x in total]
+    return [x.to(q.dtype).contiguous() for x in total]
 
 
-def add(total: list[Tensor | None], piece: Piece, d_q: Tensor, *rest: Tensor) -> None:
+def add(total: list[Tensor], piece: Piece, d_q: Tensor, *rest: Tensor) -> None:
     """Put one piece's gradients where they belong: its tokens, its cached entries, the prefix that all pieces share."""
     total[0][:, piece.tokens] = d_q
     for i, d_x in enumerate(rest[:2]):
@@ -168,18 +172,18 @@ def add(total: list[Tensor | None], piece: Piece, d_q: Tensor, *rest: Tensor) ->
 
 
 @backward.register_fake
-def _(grad, o, lse, q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale):  # type: ignore[no-untyped-def]
+def _(grad, o, lse, q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale):
     inputs = (q, k, v, prefix_k, prefix_v, cache_k, cache_v)
     return [absent(q) if x is None else q.new_empty(x.shape) for x in inputs]
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.window, ctx.scale = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(True)
 
 
-def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad, _):
     o, lse, *tensors = ctx.saved_tensors
     gradients = backward(grad.contiguous(), o, lse, *tensors, ctx.window, ctx.scale)
     return *present(gradients, tensors[:7]), None, None, None, None
@@ -190,7 +194,7 @@ forward.register_autograd(_differentiate, setup_context=_keep)
 
 def _flops(
     q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale, *, out_shape, backward=False
-):  # type: ignore[no-untyped-def]
+):
     prefix = 0 if prefix_k is None else prefix_k[0]
     cached = 0 if cache_k is None else cache_k[1]
     return cost(q, k, window=window, prefix=prefix, cached=cached, backward=backward).flops

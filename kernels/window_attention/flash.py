@@ -59,6 +59,6 @@ def scaled_dot_product(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float
 ) -> Tensor:
     """By torch: full attention alone."""
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[2] != k.shape[2]
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

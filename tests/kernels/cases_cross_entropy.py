@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from harness import Draw, OperationCase, register_case
+
 from palimpsest.kernels.cross_entropy import linear_cross_entropy
 from palimpsest.kernels.cross_entropy.cost import cost
 from palimpsest.kernels.op import Cost

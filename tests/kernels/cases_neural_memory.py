@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from harness import EXACT, SINGLE, Draw, OperationCase, register_case
+
 from palimpsest.kernels import MemorySpec, neural_memory
 from palimpsest.kernels.neural_memory.cost import cost
 from palimpsest.kernels.op import Cost

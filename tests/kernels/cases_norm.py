@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from harness import Draw, OperationCase, register_case
+
 from palimpsest.kernels.norm import l2_norm, rms_norm
 from palimpsest.kernels.norm.cost import cost
 from palimpsest.kernels.op import Cost

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from harness import Draw, OperationCase, register_case
+
 from palimpsest.kernels.op import Cost
 from palimpsest.kernels.window_attention import window_attention
 from palimpsest.kernels.window_attention.cost import cost

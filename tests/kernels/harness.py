@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from palimpsest.kernels.op import OPERATIONS, Cost
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
+
+from palimpsest.kernels.op import OPERATIONS, Cost
 
 # Rounding alone: 4500 units of float64, which sums of these lengths stay below by an order or two, while the smallest
 # mistake in a formula is larger by several.
@@ -56,8 +57,8 @@ class OperationCase:
     dicts. ``tokens`` names those with one entry per token, [B, T, ...]: these are cut along time and rows.
     ``call`` returns the output [B, T, ...], alone or in a pair with the state; with ``state`` it takes ``state`` and
     ``return_state``, with ``packed`` it takes ``cu_seqlens``. ``block`` is the length at which its inner form changes:
-    a window, a chunk. ``cost(arguments)`` gives the costs of forward and backward, or is None. ``exact``, ``single``: the
-    tolerances in float64 and float32, where a case has a reason for its own.
+    a window, a chunk. ``cost(arguments)`` gives the costs of forward and backward, or is None. ``exact``, ``single``:
+    the tolerances in float64 and float32, where a case has a reason for its own.
     """
 
     name: str
@@ -388,6 +389,15 @@ def check_compile(case: OperationCase, backend: str, *, packed: bool, warm: bool
     loss = sum((x * draw.normal(*x.shape)).sum() for x in found)
     gradients = torch.autograd.grad(loss, floats([arguments, extra.get("state")]), materialize_grads=True)
     assert_close([*found, *gradients], sum(expected, []), case.exact, "compiled")
+
+
+def check_autocast(case: OperationCase, backend: str) -> None:
+    """Autocast, under which a model calls it, changes nothing: an operation computes in the dtypes it is given."""
+    arguments, extra = situation(case, torch.float32, case.block + 1, packed=False, warm=case.state)
+    wanted = outputs_and_gradients(case, arguments, backend, **extra)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs_and_gradients(case, arguments, backend, **extra)
+    assert_same([*found[0], *found[1]], [*wanted[0], *wanted[1]], "under autocast")
 
 
 def check_cost(case: OperationCase, backend: str) -> None:

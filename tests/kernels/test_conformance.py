@@ -127,3 +127,8 @@ def test_compiles_whole(case: OperationCase, backend: str, packed: bool, warm: b
 @pytest.mark.parametrize("case, backend", runs("cost", registered=True))
 def test_flops_are_counted(case: OperationCase, backend: str) -> None:
     harness.check_cost(case, backend)
+
+
+@pytest.mark.parametrize("case, backend", runs(registered=True))
+def test_autocast_changes_nothing(case: OperationCase, backend: str) -> None:
+    harness.check_autocast(case, backend)
