@@ -356,6 +356,14 @@ def test_the_command_prepares_and_prints(here, capsys):
     assert f"checksum {make(folder='there', validation_fraction=0.0).checksum}" in shown and "there ready in" in shown
 
 
+def test_the_module_is_the_command(here):
+    write_documents()
+    Path("run.yaml").write_text("data: {source: jsonl, path: x.jsonl, folder: corpus}\n")
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "palimpsest.train.data", "run.yaml"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "") and "corpus ready in" in found.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
