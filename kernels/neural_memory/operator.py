@@ -247,15 +247,15 @@ def _step_backward(
     d_anchor: list[Tensor],
     grads: Sequence[Tensor | None],
 ) -> Tensor | None:
-    """The backward of one step: writes the tokens' gradients, carries ``d_states`` and ``d_anchor`` back in place, and
+    """The backward of one step: writes the tokens' gradients, carries ``d_states`` and ``d_anchor`` back, and
     returns the gradient of norm [H, out]."""
-    active = step.rows * call.heads
-    now, ended = [x[:active] for x in d_states], call.ended(step)
-    for d_state, d_held, weight in zip(now, d_anchor, call.weights, strict=True):
+    active, ended = step.rows * call.heads, call.ended(step)
+    now, before = [x[:active] for x in d_states], []
+    for d_state, whole, weight in zip(now, d_anchor, call.weights, strict=True):
+        d_held = whole[:active]
         if ended is not False:  # a completed chunk's weights became the anchor
-            moved = d_held[:active] if ended is True else d_held[:active] * ended
-            d_state[:, : weight.shape[-2]] += moved
-            d_held[:active] -= moved.clone()
+            d_state[:, : weight.shape[-2]] += d_held if ended is True else d_held * ended
+        before.append(None if ended is True else d_held if ended is False else d_held * ~ended)
     q, _, _, theta, log_retain, log_momentum = (call.layout.take(x, step) for x in call.tokens)
     d_out = call.layout.take(d_reads, step)
     assert q is not None and theta is not None and d_out is not None
@@ -265,10 +265,13 @@ def _step_backward(
     for grad, part in zip(grads, (d.q, d.k, d.v, *of_gates), strict=True):
         if grad is not None and part is not None:
             call.layout.put(grad, part, step)
-    for whole, part in zip(d_states, d.states, strict=True):
-        whole[:active] = part
-    for whole, part in zip(d_anchor, d.anchor, strict=True):
-        whole[:active] += part
+    d_held = [new if old is None else new.add_(old) for new, old in zip(d.anchor, before, strict=True)]
+    for whole, parts in ((d_states, d.states), (d_anchor, d_held)):
+        for i, part in enumerate(parts):
+            if active == len(whole[i]):
+                whole[i] = part
+            else:
+                whole[i][:active] = part
     return None if d.norm is None else d.norm.unflatten(0, (step.rows, call.heads)).sum((0, 2))
 
 
