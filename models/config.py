@@ -220,7 +220,7 @@ class MemoryConfig(Strict):
 
     ``depth``, ``norm`` and ``residual``: null takes the network's default (mlp: 2, true, true; linear: 1,
     false, false).
-    ``step_max`` bounds the effective step of one chunk, sum of theta / (1 - eta), whatever the chunk's length.
+    ``step_max`` bounds depth times the effective step of one chunk, sum of theta / (1 - eta), at every chunk length.
     ``conv`` is the width of the short causal convolution on q, k and v (0: none).
     """
 
@@ -236,7 +236,7 @@ class MemoryConfig(Strict):
     chunk_size: Count = 64
     read_after_write: bool = True
     conv: Annotated[int, Field(ge=0, le=16)] = 4
-    step_max: Positive = 4.0
+    step_max: Positive = 2.0
     output_gate: Literal["silu", "none"] = "silu"
 
     @property

@@ -264,11 +264,13 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MemoryLM:
     with torch.device("meta"):
         model = MemoryLM(validate(ModelConfig, about["model"], "model"))
     try:
-        weights = load_file(folder / "model.safetensors", device=str(device))
-        model.load_state_dict(weights, assign=True)
+        model = model.to_empty(
+            device=device
+        )  # and not the file's own pages: their alignment changes products' rounding
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from None
-    return model.requires_grad_()
+    return model
 
 
 def stream(model: MemoryLM, tokens: Tensor, chunk: int, state: State | None = None) -> Iterator[tuple[Tensor, State]]:

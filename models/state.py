@@ -120,7 +120,7 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> State:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {}).get("palimpsest.state", "{}"))
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"state file {str(path)!r} is damaged or not a safetensors file: {error}") from None
     if about.get("schema") != str(SCHEMA):
@@ -150,7 +150,7 @@ def take_rows(parts: Sequence[Tree], order: Sequence[int]) -> Tree:
         if first.dim() > 1:
             longest = max(x.shape[1] for x in mine)
             mine = [_pad(x, longest) for x in mine]
-        result[name] = torch.cat(mine)[torch.as_tensor(order, device=first.device)]
+        result[name] = torch.cat([x.to(first.dtype) for x in mine])[torch.as_tensor(order, device=first.device)]
     return result
 
 

@@ -62,7 +62,7 @@ class AttentionCore(Mixer):
             v,
             window=self.window,
             prefix=self.prefix(),
-            state=None if state is None else state["cache"],
+            state=None if state is None else cache_as(state["cache"], k.dtype),
             cu_seqlens=cu_seqlens,
             return_state=return_state,
         )
@@ -77,6 +77,11 @@ class AttentionCore(Mixer):
         empty = torch.zeros(batch, 0, self.kv_heads, self.width, device=device, dtype=dtype)
         count = torch.zeros(batch, device=device, dtype=torch.int32)
         return {"cache": {"k": empty, "v": empty.clone(), "count": count}, "position": count.clone()}
+
+
+def cache_as(cache: LayerState, dtype: torch.dtype) -> LayerState:
+    """A cache for keys of ``dtype``: one made outside autocast is used inside, and the other way round."""
+    return cache | {name: cache[name].to(dtype) for name in ("k", "v")}
 
 
 class Attention(Mixer):

@@ -11,7 +11,7 @@ from ...kernels.check import compute_dtype
 from ..config import ModelConfig, TitansMAC
 from ..layers import RMSNorm, rotary, rotary_angles
 from ..state import take_rows
-from .attention import AttentionCore
+from .attention import AttentionCore, cache_as
 from .gate import MemoryGate
 from .mixer import LayerState, Mixer
 from .neural_memory import MemoryLayer
@@ -138,9 +138,8 @@ class MemoryAsContext(Mixer):
         read_k, read_v = self._keys_of_reads(h, table)
         # No one asks for what the tokens h themselves attend to: their place in q is filled with the same queries.
         pairs = [torch.stack(pair, 2).flatten(1, 2) for pair in ((q, q), (read_k, k), (read_v, v))]
-        y, cache = window_attention(
-            *pairs, prefix=prefix, state=held["cache"] if place else None, return_state=keep and not complete
-        )
+        past = cache_as(held["cache"], k.dtype) if place else None
+        y, cache = window_attention(*pairs, prefix=prefix, state=past, return_state=keep and not complete)
         y = self.gate.norm_y(y[:, 1::2].flatten(2))
         m, memory = self.memory(y, held["memory"], None, keep)
         o = self.gate(y, m)

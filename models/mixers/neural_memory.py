@@ -16,19 +16,26 @@ from .mixer import LayerState, Mixer
 class MemoryGates(nn.Module):
     """Step θ, retention a and momentum η of every token and head, from one projection z = x W + b, in float32.
 
-        log a = −softplus(z_a) · exp(A_log)          as Mamba-2 and Gated DeltaNet, so that a starts near 1
+        log a = −softplus(z_a) · r,  r learnt per head     the form of Mamba-2 and Gated DeltaNet
         log η = logsigmoid(z_η)
-        θ     = step_max · sigmoid(z_θ) · (1 − η) / C
+        θ     = step_max · sigmoid(z_θ) · (1 − η) / (C n)   C the chunk's length, n the number of matrices
 
     All gradients of a chunk are taken at the weights it began with, so what one chunk may move the memory is
-    Σ θ / (1 − η) over its C tokens; written as above that is at most ``step_max`` at every C and η, and about 1 at the
-    start. (With W_0 drawn as in :class:`MemoryLayer` the inner loss has a curvature of order 1 per weight matrix, so
-    this is a stable gradient step.) The biases start a between exp(−1/1000) and exp(−1/10), and η at 0.9.
+    Σ θ / (1 − η) over its C tokens; written as above, n of these are at most ``step_max`` at every C and η, and 1 at
+    the start. With W_0 drawn as in :class:`MemoryLayer` the inner loss has a curvature of order 1 for each of the n
+    matrices; gradient descent is stable up to 2 over the curvature, hence the default ``step_max`` of 2.
+
+    r starts between 1e-4 and 1e-3, so that memories halve in 700 to 7,000 tokens, and η at 0.9. The decays that linear
+    memories start with, up to 0.1, ruin a deep one. Without a LayerNorm its matrices all shrink together, and zero is
+    a place that no gradient leads out of. With one, the output keeps its size while the weights shrink, so that the
+    gradient grows as their inverse: at T = 4096 the outer gradient's norm is 5 at r = 1e-3, but 1e3 at 3e-3 and 1e10
+    at 1e-2 (measured, one layer of width 128).
     """
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
         self.memory = memory
+        self.scale = memory.step_max / (memory.chunk_size * memory.spec.layers)
         self.decays, self.moves = memory.retention == "l2", memory.rule == "momentum"
         self.proj = Linear(model.dim, memory.heads * (1 + self.decays + self.moves), model.init_std)
         self.step_bias = nn.Parameter(torch.empty(memory.heads))
@@ -40,15 +47,12 @@ class MemoryGates(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Σ θ / (1 − η) = min(1, step_max / 2) over a chunk; softplus(b_a) log-uniform in [0.001, 0.1]; η = 0.9."""
+        """n Σ θ / (1 − η) = min(1, step_max / 2) over a chunk; softplus(b_a) = 1; r log-uniform; η = 0.9."""
         start = min(1 / self.memory.step_max, 0.5)
         nn.init.constant_(self.step_bias, math.log(start / (1 - start)))
         if self.decays:
-            nn.init.zeros_(self.retain_log)
-            nn.init.uniform_(self.retain_bias, math.log(1e-3), math.log(1e-1))
-            with torch.no_grad():
-                rate = self.retain_bias.exp()
-                self.retain_bias.copy_(rate + torch.log(-torch.expm1(-rate)))  # the inverse of softplus
+            nn.init.constant_(self.retain_bias, math.log(math.e - 1))
+            nn.init.uniform_(self.retain_log, math.log(1e-4), math.log(1e-3))
         if self.moves:
             nn.init.constant_(self.momentum_bias, math.log(9.0))
 
@@ -57,9 +61,7 @@ class MemoryGates(nn.Module):
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         with full_precision(x.device):
             parts = list(F.linear(x.to(kind), self.proj.weight.to(kind)).split(self.memory.heads, dim=-1))
-            step = torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * (
-                self.memory.step_max / self.memory.chunk_size
-            )
+            step = torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * self.scale
             log_retain = log_momentum = None
             if self.decays:
                 log_retain = F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -self.retain_log.to(kind).exp()

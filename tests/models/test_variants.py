@@ -1,0 +1,188 @@
+"""LMM, MAC, MAG and MAL against their equations, token by token in plain loops that share no code with the layers.
+
+Bound: 1e-10 on absolute differences of values of order 1, in float64.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from palimpsest.models.mixers import Mixer
+from palimpsest.models.mixers.attention import AttentionCore
+from palimpsest.models.mixers.mac import MemoryAsContext
+from palimpsest.models.mixers.mag import MemoryAsGate
+from palimpsest.models.mixers.mal import MemoryAsLayer
+from palimpsest.models.mixers.neural_memory import MemoryLayer
+
+from .mixers import DIM, REGISTRY, small_mixer, tokens
+
+
+class PlainMemory:
+    """One sequence's memory. ``write_and_read`` takes a token; ``read`` asks without writing."""
+
+    def __init__(self, layer: MemoryLayer) -> None:
+        self.layer, self.spec = layer, layer.spec
+        self.weights = [list(w.detach()) for w in layer.weights]  # [matrix][head]
+        self.momentum = [[torch.zeros_like(w) for w in ws] for ws in self.weights]
+        self.anchor = [list(ws) for ws in self.weights]
+        self.place = 0
+        self.past_write: list[Tensor] = []
+        self.past_query: list[Tensor] = []
+
+    def network(self, x: Tensor, weights: list[Tensor], head: int) -> Tensor:
+        z = x
+        for i, w in enumerate(weights):
+            z = (F.gelu(z, approximate="tanh") if i else z) @ w
+        if self.spec.norm:
+            z = (z - z.mean()) / (z.var(unbiased=False) + 1e-6).sqrt() * self.layer.norm[head]
+        return x + z if self.spec.residual else z
+
+    def project(self, x: Tensor, past: list[Tensor], names: str) -> dict[str, Tensor]:
+        dim, offset = self.layer.dim, self.layer.gate_width
+        z = F.linear(x, self.layer.proj.weight)
+        parts = {"q": z[offset : offset + dim], "k": z[offset + dim : offset + 2 * dim], "v": z[offset + 2 * dim :]}
+        joint = torch.cat([parts[name] for name in names])
+        past.append(joint)
+        if self.layer.conv is not None:
+            kernel = self.layer.conv[: len(joint)]
+            recent = past[-kernel.shape[1] :]
+            joint = sum(kernel[:, -1 - back] * recent[-1 - back] for back in range(len(recent)))
+        heads = F.silu(joint).view(len(names), self.layer.heads, -1)
+        out = dict(zip(names, heads, strict=True))
+        for name in set(names) & {"q", "k"}:
+            out[name] = out[name] / (out[name].square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        return out
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.layer.out_norm.weight
+        o = o.flatten()
+        if self.layer.gate_width:
+            o = o * F.silu(F.linear(x, self.layer.proj.weight[: self.layer.gate_width]))
+        return F.linear(o, self.layer.out.weight)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g, c = self.layer.gates, self.spec.chunk_size
+        z = list(F.linear(x, g.proj.weight).split(self.layer.heads))
+        step = z.pop(0) + g.step_bias
+        retain = momentum = torch.zeros_like(step)
+        retain = torch.exp(-F.softplus(z.pop(0) + g.retain_bias) * g.retain_log.exp()) if g.decays else retain + 1
+        momentum = torch.sigmoid(z.pop(0) + g.momentum_bias) if g.moves else momentum
+        return torch.sigmoid(step) * g.memory.step_max * (1 - momentum) / (c * self.spec.layers), retain, momentum
+
+    def write_and_read(self, x: Tensor) -> Tensor:
+        token = self.project(x, self.past_write, "qkv")
+        step, retain, momentum = self.gates(x)
+        outputs = []
+        for h in range(self.layer.heads):
+            before = [ws[h] for ws in self.weights]
+            at = [ws[h].detach().requires_grad_() for ws in self.anchor]
+            answer = self.network(token["k"][h], at, h)
+            v = token["v"][h]
+            loss = 0.5 * (answer - v).square().sum() if self.spec.bias == "l2" else -(answer @ v)
+            for i, gradient in enumerate(torch.autograd.grad(loss, at)):
+                self.momentum[i][h] = momentum[h] * self.momentum[i][h] - step[h] * gradient
+                self.weights[i][h] = retain[h] * self.weights[i][h] + self.momentum[i][h]
+            after = [ws[h] for ws in self.weights]
+            outputs.append(self.network(token["q"][h], after if self.spec.read_after_write else before, h))
+        self.place = (self.place + 1) % self.spec.chunk_size
+        if self.place == 0:
+            self.anchor = [list(ws) for ws in self.weights]
+        return self.finish(torch.stack(outputs), x)
+
+    def read(self, x: Tensor, weights: list[list[Tensor]]) -> Tensor:
+        q = self.project(x, self.past_query, "q")["q"]
+        heads = range(self.layer.heads)
+        return self.finish(torch.stack([self.network(q[h], [ws[h] for ws in weights], h) for h in heads]), x)
+
+
+def norm(x: Tensor, module: torch.nn.Module) -> Tensor:
+    return x / (x.square().mean() + 1e-6).sqrt() * module.weight
+
+
+def rotated(x: Tensor, position: int, core: AttentionCore) -> Tensor:
+    """x [heads, D] as D/2 complex numbers, each turned by its own angle."""
+    if not core.rope:
+        return x
+    half = x.shape[-1] // 2
+    turn = [position * core.base ** (-i / half) for i in range(half)]
+    spin = torch.tensor([complex(math.cos(a), math.sin(a)) for a in turn], dtype=torch.complex128)
+    turned = torch.complex(x[:, :half], x[:, half:]) * spin
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def attend(core: AttentionCore, x: Tensor, position: int, others: list[tuple[Tensor, int | None]]) -> Tensor:
+    """Attention of token x over ``others``: tokens, each with its position (None: not rotated)."""
+    heads, shared, width = core.heads, core.kv_heads, core.width
+
+    def split(token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return F.linear(token, core.qkv.weight).view(-1, width).split([heads, shared, shared])
+
+    q = rotated(split(x)[0], position, core)
+    keys = [split(token)[1] if at is None else rotated(split(token)[1], at, core) for token, at in others]
+    values = [split(token)[2] for token, _ in others]
+    outputs = []
+    for h in range(heads):
+        own = h // (heads // shared)
+        scores = torch.stack([q[h] @ key[own] / math.sqrt(width) for key in keys])
+        outputs.append(scores.softmax(0) @ torch.stack([value[own] for value in values]))
+    return torch.cat(outputs)
+
+
+def lmm(mixer: MemoryLayer, x: Tensor) -> list[Tensor]:
+    memory = PlainMemory(mixer)
+    return [memory.write_and_read(token) for token in x]
+
+
+def mag(mixer: MemoryAsGate, x: Tensor) -> list[Tensor]:
+    core, memory, outputs = mixer.attention, PlainMemory(mixer.memory), []
+    fixed = [(token, None) for token in core.persistent.tokens]
+    for t, token in enumerate(x):
+        y = attend(core, token, t, fixed + [(x[j], j) for j in range(max(0, t - core.window + 1), t + 1)])
+        gate = torch.sigmoid(norm(memory.write_and_read(token), mixer.gate.norm_memory))
+        outputs.append(F.linear(norm(y, mixer.gate.norm_y) * gate, mixer.gate.out.weight))
+    return outputs
+
+
+def mal(mixer: MemoryAsLayer, x: Tensor) -> list[Tensor]:
+    fixed = [] if mixer.persistent is None else list(mixer.persistent.tokens)
+    core, memory = mixer.attention.core, PlainMemory(mixer.memory)
+    y = [norm(memory.write_and_read(token), mixer.norm) for token in [*fixed, *x]]
+    outputs = []
+    for t in range(len(y)):
+        o = attend(core, y[t], t, [(y[j], j) for j in range(max(0, t - core.window + 1), t + 1)])
+        outputs.append(F.linear(o, mixer.attention.out.weight))
+    return outputs[len(fixed) :]
+
+
+def mac(mixer: MemoryAsContext, x: Tensor) -> list[Tensor]:
+    core, memory, outputs = mixer.attention, PlainMemory(mixer.memory), []
+    fixed = [] if core.persistent is None else [(token, None) for token in core.persistent.tokens]
+    for t, token in enumerate(x):
+        place = t % mixer.segment
+        if place == 0:
+            context, segment = [], []
+            before = [list(ws) for ws in memory.weights]
+        context.append((norm(memory.read(token, before), mixer.norm_read), place))
+        segment.append((token, mixer.segment + place))
+        y = norm(attend(core, token, mixer.segment + place, fixed + context + segment), mixer.gate.norm_y)
+        gate = torch.sigmoid(norm(memory.write_and_read(y), mixer.gate.norm_memory))
+        outputs.append(F.linear(y * gate, mixer.gate.out.weight))
+    return outputs
+
+
+PLAIN = {"neural_memory": lmm, "titans_mag": mag, "titans_mal": mal, "titans_mac": mac}
+
+
+@pytest.mark.parametrize("name", [name for name, mixer in REGISTRY.items() if mixer["kind"] in PLAIN])
+def test_the_layer_is_its_equations(name: str) -> None:
+    mixer: Mixer = small_mixer(name).requires_grad_(False)
+    for parameter in mixer.parameters():  # scales that start at 1 or 0 would hide a missing factor
+        if parameter.dim() == 1:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    x = tokens(1, 17)
+    expected = torch.stack(PLAIN[REGISTRY[name]["kind"]](mixer, x[0]))
+    assert expected.shape == (17, DIM)
+    assert (mixer(x)[0][0] - expected).abs().max() <= 1e-10
