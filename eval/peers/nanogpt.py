@@ -3,9 +3,13 @@
     python -m palimpsest.eval.peers.nanogpt --peer PATH
 
 Training speed: every model takes turns at a few whole updates (forward, backward, clipping, AdamW) in each round, and a
-round gives each model's speed as a ratio to nanoGPT's in that round; the median over rounds is reported, so that a busy
-machine slows both sides alike. With ``--train-steps`` also the held-out loss of the transformer and of nanoGPT after
-the same batches of the standard library's source.
+round gives each model's speed as a ratio to nanoGPT's, and to our transformer's, in that round; the median of them is
+reported, so that a busy machine slows all sides alike. The ratio of processor seconds is beside it: with one thread it
+hardly depends on what else the machine does.
+
+``--race CONFIG`` instead trains the model of a run's config (``configs/quickstart.yaml``) and a nanoGPT as wide as it
+takes to have as many parameters, on the same batches with the same schedule, and compares their held-out losses. The
+peer may be given several learning rates; its best counts.
 
 Nothing is installed or downloaded. The peer is a clone of its repository::
 
@@ -27,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from ...models import build
+from ...train.config import RunConfig, read_config
 from ...train.data import prepare
-from ...train.data_config import DataConfig
-from ...train.optim import adamw, learning_rate
+from ...train.optim import adamw, learning_rate, set_learning_rate
 from .. import record, report
 from ..harness import reported
 from ..match import match
@@ -72,8 +76,8 @@ class Contender:
         return loss.detach()
 
 
-def load_peer(path: str | Path, seq_len: int) -> nn.Module:
-    """nanoGPT's model from a clone, at our size: no dropout, no bias.
+def load_peer(path: str | Path, seq_len: int, layers: int, width: int, vocabulary: int) -> nn.Module:
+    """nanoGPT's model from a clone: no dropout, no bias.
 
     Raises:
         FileNotFoundError: when there is no model.py, saying how to get it.
@@ -82,23 +86,23 @@ def load_peer(path: str | Path, seq_len: int) -> nn.Module:
     if not file.is_file():
         raise FileNotFoundError(f"peer was {str(path)!r}, which has no model.py; it must be a clone of nanoGPT: {GET}")
     spec = importlib.util.spec_from_file_location("palimpsest_peer_nanogpt", file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"peer was {str(path)!r}; its model.py must be importable")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    shape = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH, "block_size": seq_len, "vocab_size": VOCABULARY}
+    shape = {"n_layer": layers, "n_head": HEADS, "n_embd": width, "block_size": seq_len, "vocab_size": vocabulary}
     torch.manual_seed(0)
     return module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=False))
 
 
-def peer(path: str | Path, seq_len: int, lr: float) -> Contender:
+def contender_of(model: nn.Module, name: str, lr: float) -> Contender:
     """nanoGPT with its own optimizer groups: matrices decay, vectors do not."""
-    model = load_peer(path, seq_len)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
-    return Contender("nanogpt", model, optimizer, lambda tokens, targets: model(tokens, targets)[1])
+    return Contender(name, model, optimizer, lambda tokens, targets: model(tokens, targets)[1])
 
 
 def ours(name: str, target: int, lr: float) -> Contender:
@@ -116,29 +120,67 @@ def ours(name: str, target: int, lr: float) -> Contender:
 
 
 def speeds(contenders: Sequence[Contender], batch: tuple[Tensor, Tensor], rounds: int, updates: int) -> dict[str, Any]:
-    """Tokens per second of each contender, and its ratio to the first in the same round: medians and all rounds."""
+    """Tokens per second of each contender, and its ratios to nanoGPT and to our transformer in the same round."""
     for contender in contenders:
         contender.update(*batch)
-    measured: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    wall: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    busy: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(rounds):
         shift = turn % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
-            began = time.perf_counter()
+            began, before = time.perf_counter(), time.process_time()
             for _ in range(updates):
                 contender.update(*batch)
-            measured[contender.name].append(updates * batch[0].numel() / (time.perf_counter() - began))
-    base = measured[contenders[0].name]
-    result = {}
-    for contender in contenders:
-        rates = measured[contender.name]
-        ratios = [rate / other for rate, other in zip(rates, base, strict=True)]
-        result[contender.name] = {
+            wall[contender.name].append(time.perf_counter() - began)
+            busy[contender.name].append(time.process_time() - before)
+
+    def ratio(times: dict[str, list[float]], name: str, base: str) -> float | None:
+        if base not in times:
+            return None
+        return round(statistics.median(b / a for a, b in zip(times[name], times[base], strict=True)), 3)
+
+    tokens = updates * batch[0].numel()
+    return {
+        contender.name: {
             "parameters": contender.parameters,
-            "tokens_per_second": round(statistics.median(rates)),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratios": [round(ratio, 3) for ratio in ratios],
+            "tokens_per_second": round(tokens / statistics.median(wall[contender.name])),
+            "ratio_to_nanogpt": ratio(wall, contender.name, "nanogpt"),
+            "ratio_to_transformer": ratio(wall, contender.name, "transformer"),
+            "processor_ratio_to_nanogpt": ratio(busy, contender.name, "nanogpt"),
+            "processor_ratio_to_transformer": ratio(busy, contender.name, "transformer"),
+            "seconds": [round(value, 4) for value in wall[contender.name]],
         }
-    return result
+        for contender in contenders
+    }
+
+
+def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
+    """The table of speeds, printed, and its record.
+
+    Raises:
+        ValueError: for a model that is not one of ``MIXERS``.
+    """
+    names = args.models.split(",")
+    unknown = [name for name in names if name not in MIXERS]
+    if unknown:
+        raise ValueError(f"models had {unknown[0]!r}; they must be among {', '.join(MIXERS)}")
+    other = contender_of(load_peer(args.peer, args.seq_len, LAYERS, WIDTH, VOCABULARY), "nanogpt", args.lr)
+    mine = [ours(name, other.parameters, args.lr) for name in names]
+    drawn = torch.randint(VOCABULARY, (args.batch_size, args.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    batch = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    measured = speeds([other, *mine], batch, args.rounds, args.updates)
+    keys = [f"{kind}ratio_to_{base}" for base in ("nanogpt", "transformer") for kind in ("", "processor_")]
+    rows = [
+        [
+            name,
+            f"{item['parameters']:,}",
+            f"{item['tokens_per_second']:,}",
+            *(report.number(item[key], 2) for key in keys),
+        ]
+        for name, item in measured.items()
+    ]
+    print(report.table(["model", "parameters", "tokens/s", *(key.replace("_", " ") for key in keys)], rows))
+    return {"batch_size": args.batch_size, "seq_len": args.seq_len, "speed": measured}
 
 
 @torch.no_grad()
@@ -150,34 +192,58 @@ def held_out_loss(contender: Contender, batches: Sequence[tuple[Tensor, Tensor]]
     return loss
 
 
-def race(contenders: Sequence[Contender], args: argparse.Namespace) -> dict[str, Any]:
-    """Train each on the same batches of the standard library's source; the held-out loss of each at the end."""
-    corpus = prepare(DataConfig())
-    shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
-    validation = [corpus.split("validation").batch(i, seed=0, **shape)[:2] for i in range(args.validation_batches)]
-    training = corpus.split("train")
-    for step in range(1, args.train_steps + 1):
-        batch = training.batch(step - 1, seed=0, **shape)[:2]
-        rate = learning_rate(
-            step,
-            peak=args.lr,
-            steps=args.train_steps,
-            warmup_steps=args.train_steps // 20,
-            schedule="cosine",
-            min_ratio=0.1,
-        )
-        for contender in contenders:
-            for group in contender.optimizer.param_groups:
-                group["lr"] = rate
-            contender.update(*batch)
-        if step % 100 == 0:
-            logger.info("step %d of %d", step, args.train_steps)
-    return {
-        "steps": args.train_steps,
-        "tokens": args.train_steps * args.batch_size * args.seq_len,
-        "lr": args.lr,
-        "held_out_loss": {contender.name: round(held_out_loss(contender, validation), 4) for contender in contenders},
-    }
+def peer_width(path: str | Path, config: RunConfig, target: int) -> int:
+    """The width, a multiple of the heads, at which nanoGPT comes nearest to ``target`` parameters."""
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            peer = load_peer(path, config.train.seq_len, config.model.layers, width, config.model.vocab_size)
+        return sum(p.numel() for p in peer.parameters())
+
+    widths = range(HEADS, 4 * config.model.dim, HEADS)
+    return min(widths, key=lambda width: abs(count(width) - target))
+
+
+def race(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a config's model and nanoGPT on the same batches; the held-out loss of each at the end."""
+    config = read_config(args.race, {"train.steps": args.steps} if args.steps else {})
+    settings, seed = config.train, config.seed
+    torch.manual_seed(seed)
+    model = build(config.plain())
+    optimizer = adamw(model, lr=settings.lr, betas=BETAS, eps=EPS, weight_decay=settings.weight_decay)
+    mine = Contender(config.name, model, optimizer, lambda tokens, targets: model(tokens, targets=targets).loss)
+    width = peer_width(args.peer, config, mine.parameters)
+    contenders, peaks = [mine], [settings.lr]
+    for peak in args.peer_lr or [settings.lr]:
+        other = load_peer(args.peer, settings.seq_len, config.model.layers, width, config.model.vocab_size)
+        contenders.append(contender_of(other, f"nanogpt at {peak:g}", peak))
+        peaks.append(peak)
+    corpus = prepare(config.data)
+    shape: dict[str, Any] = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
+    training, held_out = corpus.split("train"), corpus.split("validation")
+    for step in range(1, settings.steps + 1):
+        batch = training.batch(step - 1, seed=seed, **shape)
+        for contender, peak in zip(contenders, peaks, strict=True):
+            rate = learning_rate(
+                step,
+                peak=peak,
+                steps=settings.steps,
+                warmup_steps=settings.warmup_steps,
+                schedule=settings.schedule,
+                min_ratio=settings.min_lr_ratio,
+                decay_fraction=settings.decay_fraction,
+            )
+            set_learning_rate(contender.optimizer, rate)
+            contender.update(batch.tokens, batch.targets)
+        if step % 10 == 0:
+            logger.info("step %d of %d", step, settings.steps)
+    count = min(args.validation_batches, held_out.windows(settings.seq_len) // settings.batch_size)
+    batches = [held_out.batch(i, seed=0, **shape)[:2] for i in range(count)]
+    losses = {contender.name: round(held_out_loss(contender, batches), 4) for contender in contenders}
+    rows = [[each.name, f"{each.parameters:,}", f"{losses[each.name]:.4f}"] for each in contenders]
+    print(report.table(["model", "parameters", "held-out loss"], rows))
+    tokens = settings.steps * settings.batch_size * settings.seq_len
+    return {"config": config.plain(), "tokens": tokens, "held_out_loss": losses, "peer_width": width}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -189,8 +255,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seq-len", type=int, default=256)
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--updates", type=int, default=2, help="training steps of each model in a round")
-    made.add_argument("--train-steps", type=int, default=0, help="also train the transformer and nanoGPT this long")
-    made.add_argument("--validation-batches", type=int, default=16)
+    made.add_argument("--race", metavar="CONFIG", help="compare held-out losses after training; not speeds")
+    made.add_argument("--steps", type=int, help="of the race (default: the config's)")
+    made.add_argument("--peer-lr", type=float, nargs="+", help="learning rates of the peer (default: the config's)")
+    made.add_argument("--validation-batches", type=int, default=32)
     made.add_argument("--lr", type=float, default=1e-3)
     made.add_argument("--threads", type=int, default=record.cores())
     made.add_argument("--out", default="nanogpt.json", help="the JSON record")
@@ -201,30 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the record; 0 when done, 2 for bad input."""
     args = parser().parse_args(argv)
     with reported() as outcome:
-        names = args.models.split(",")
-        unknown = [name for name in names if name not in MIXERS]
-        if unknown:
-            raise ValueError(f"models had {unknown[0]!r}; they must be among {', '.join(MIXERS)}")
         torch.set_num_threads(args.threads)
         began = time.perf_counter()
-        other = peer(args.peer, args.seq_len, args.lr)
-        mine = [ours(name, other.parameters, args.lr) for name in names]
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(VOCABULARY, (args.batch_size, args.seq_len + 1), generator=generator)
-        measured = speeds(
-            [other, *mine], (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), args.rounds, args.updates
-        )
-        rows = [
-            [name, f"{item['parameters']:,}", f"{item['tokens_per_second']:,}", f"{item['ratio']:.2f}"]
-            for name, item in measured.items()
-        ]
-        print(report.table(["model", "parameters", "tokens/s", "ratio to nanoGPT"], rows))
-        content: dict[str, Any] = {"shape": {"batch_size": args.batch_size, "seq_len": args.seq_len}, "speed": measured}
-        if args.train_steps:
-            content["training"] = race(
-                [peer(args.peer, args.seq_len, args.lr), ours("transformer", other.parameters, args.lr)], args
-            )
-            print(content["training"])
+        content = race(args) if args.race else measure_speed(args)
         record.write_json(Path(args.out), content | record.provenance(torch.device("cpu"), time.perf_counter() - began))
         print(args.out)
     return outcome.code
