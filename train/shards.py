@@ -77,7 +77,7 @@ def assign(found: Iterable[Document], fraction: float) -> Iterator[tuple[str, by
         last = ("validation" if chosen else "train", document.text)
     if last is None:
         return
-    if fraction == 0 or held_out:
+    if held_out:
         yield last
         return
     text = last[1]
@@ -109,11 +109,13 @@ class FileWriter:
         self._stream, self._digest = open(path, "wb"), hashlib.sha256()  # noqa: SIM115
 
     def write(self, content: bytes | memoryview) -> None:
+        """Append ``content``."""
         self._stream.write(content)
         self._digest.update(content)
         self.size += len(content)
 
     def close(self) -> dict[str, Any]:
+        """Flush to the disk; the file's name, size and sha256, for the manifest."""
         if not self._stream.closed:
             self._stream.flush()
             os.fsync(self._stream.fileno())

@@ -89,6 +89,11 @@ def test_the_tail_of_the_last_document_is_held_out_when_the_hash_chose_none():
     assert held_out([b"a" * 300, b"b" * 5], 0.05) == ([b"a" * 300], [b"b" * 5])
 
 
+def test_the_first_document_is_for_training_whatever_its_hash(monkeypatch):
+    monkeypatch.setattr(shards, "derive", lambda *parts: 0)
+    assert held_out([b"a", b"b", b"c"], 0.02) == ([b"a"], [b"b", b"c"])
+
+
 def test_whole_documents_are_held_out_in_proportion():
     """20,000 documents at 0.02: 400 expected, standard deviation 20."""
     texts = [str(i).encode() for i in range(20000)]
@@ -139,7 +144,9 @@ def test_a_larger_vocabulary_takes_wider_tokens(here, monkeypatch):
             raise NotImplementedError
 
     monkeypatch.setattr(data, "load_tokenizer", lambda name: Words())
-    split = make().split("train")
+    corpus = make()
+    split = corpus.split("train")
+    assert split.bytes + corpus.split("validation").bytes == sum(map(len, texts))
     assert split.shards[0].dtype == np.uint32 and split.document(0).tolist() == [69999, 66000, 66000]
     ring = torch.from_numpy(split.read(0, split.tokens))
     assert split.table_bytes == 20 * split.documents != split.bytes
