@@ -62,18 +62,8 @@ def window_attention(
     if state is not None and state["k"].shape[1] == 0:
         state = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if state is not None and window is not None and state["k"].shape[1] > window - 1:
-        state = _shortened(state, window - 1)
     o = OPERATION.choose(q.device, backend)(q, k, v, prefix, state, cu_seqlens, window, scale)
     return o, _next_state(k, v, window, state, cu_seqlens) if return_state else None
-
-
-def _shortened(state: dict[str, Tensor], size: int) -> dict[str, Tensor] | None:
-    """The state's last ``size`` entries."""
-    if size == 0:
-        return None
-    first = state["k"].shape[1] - size
-    return {"k": state["k"][:, first:], "v": state["v"][:, first:], "count": state["count"].clamp(max=size)}
 
 
 def _next_state(
