@@ -11,7 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from palimpsest.train.sources import DataError
 from palimpsest.train.tokenizer import ByteTokenizer, VocabularyTokenizer, load_tokenizer
@@ -78,11 +78,16 @@ def test_one_by_one_equals_together(vocabulary):
     assert [found.tolist() for found in vocabulary.encode_documents(pieces)] == [vocabulary.encode(p) for p in pieces]
 
 
-def test_truncation_and_padding_of_a_file_are_switched_off():
+@pytest.mark.parametrize("text", ["x", TEXT])
+def test_truncation_padding_and_templates_of_a_file_are_switched_off(text):
     backend = byte_level()
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
-    assert VocabularyTokenizer("x", backend, 0).decode(VocabularyTokenizer("x", backend, 0).encode(TEXT)) == TEXT
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer = VocabularyTokenizer("x", backend, 0)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_identity_is_the_content(tmp_path):
@@ -109,6 +114,7 @@ def test_bytes_of_word_marks_and_byte_pieces():
     tokens = tokenizer.encode(text)
     counts = tokenizer.bytes_per_token(torch.tensor(tokens))
     assert tokenizer.decode(tokens) == text and counts.tolist() == [3, 4, 1, 3, 1, 1, 1]
+    assert tokenizer.bytes_per_token(torch.tensor([-100, 0])).tolist() == [0, 5]
 
 
 def test_bytes_of_word_pieces_and_added_tokens():
