@@ -52,7 +52,7 @@ class Checkpointer:
     """The checkpoints of one run. Every method is called by all processes together.
 
     Args:
-        folder: the run's ``checkpoints`` folder. Leftovers of killed saves in it are removed at once.
+        folder: a run's ``checkpoints`` folder.
         keep_last: how many checkpoints stay; older ones are removed after each save.
         identity: the config that a checkpoint must agree with to be restored (a run's ``model`` section).
     """
@@ -64,6 +64,9 @@ class Checkpointer:
         self.keep_last = keep_last
         self.identity = json.loads(json.dumps(identity or {}))
         self._sound: set[Path] = set()
+
+    def clean(self) -> None:
+        """Remove what killed saves left in the folder; for the run that owns it, before its first save."""
         if rank_and_size()[0] == 0 and self.folder.is_dir():
             for entry in self.folder.iterdir():
                 if entry.name.startswith((SAVING, REMOVING)):

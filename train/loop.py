@@ -33,7 +33,7 @@ from . import launch, optim, parallel
 from .checkpoint import Checkpointer, step_of
 from .config import RunConfig
 from .data import Corpus
-from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory
+from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory, read_metrics
 from .parallel import World
 from .split import IGNORE, Batch, Split, derive
 
@@ -84,10 +84,13 @@ def _train(config: RunConfig, world: World, listener: Callable[[Record], None] |
     settings.micro_batches(world.size)  # refuses a batch that does not divide, before anything is written
     launch.claim(folder, config, world)
     saver = Checkpointer(folder / "checkpoints", settings.keep_last, config.plain()["model"])
+    saver.clean()
     newest = saver.latest_valid()
     if newest is not None and step_of(newest) >= settings.steps and (folder / "model.safetensors").exists():
         logger.info("%s is already complete: %d steps", folder, settings.steps)
-        return Summary(folder, "complete", settings.steps, settings.steps, None, None, time.monotonic() - begin)
+        last = (read_metrics(folder) or [{}])[-1]
+        losses = last.get("loss"), last.get("validation_loss")
+        return Summary(folder, "complete", settings.steps, settings.steps, *losses, time.monotonic() - begin)
 
     corpus = launch.corpus(config, world)
     core, model, optimizer = launch.model(config, world)

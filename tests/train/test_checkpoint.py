@@ -201,7 +201,9 @@ def test_leftovers_of_a_killed_save_are_removed_at_the_start(tmp_path):
     path = Checkpointer(tmp_path).save(1, model, optimizer)
     shutil.copytree(path, tmp_path / ".saving-step-000002")
     shutil.copytree(path, tmp_path / ".removing-step-000000")
-    assert Checkpointer(tmp_path).latest_valid() == path
+    saver = Checkpointer(tmp_path)
+    assert saver.latest_valid() == path
+    saver.clean()
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 

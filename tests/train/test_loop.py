@@ -47,6 +47,7 @@ def test_a_run_in_process_leaves_everything_and_sums_it_up(content, tmp_path, ca
     assert [line.split()[1] for line in lines if "ETA" in line] == ["4/16", "8/16", "12/16", "16/16"]
     again = train(read(content, train__log_every=4, train__tensorboard=True))
     assert (again.status, again.step, again.resumed_from) == ("complete", STEPS, STEPS)
+    assert (again.loss, again.validation_loss) == (summary.loss, summary.validation_loss)
 
 
 def test_the_held_out_loss_is_that_of_the_exported_model(content, tmp_path):

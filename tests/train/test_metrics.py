@@ -139,7 +139,8 @@ def test_the_peak_of_a_gpu_is_looked_up_by_its_name(monkeypatch, name, fp32, bf1
     assert (metrics.peak_flops(device, "fp32"), metrics.peak_flops(device, "bf16")) == (fp32, bf16)
 
 
-def test_the_peak_of_a_cpu_is_measured_and_memory_is_this_process(monkeypatch):
+def test_the_peak_of_a_cpu_is_measured_and_memory_is_this_process():
     cpu = torch.device("cpu")
     assert 1e8 < metrics.peak_flops(cpu, "fp32") < 1e14
+    assert 1e8 < metrics.peak_flops(cpu, "bf16") < 1e14
     assert 2**25 < metrics.peak_memory(cpu) < 2**42
