@@ -39,7 +39,7 @@ def resolve(operation: str, available: Collection[str], device: torch.device, re
         if wish is not None and wish not in BACKENDS:
             raise ValueError(f"{VARIABLE} was {wish!r}; it must be one of {sorted(BACKENDS)}")
         default = "triton" if device.type == "cuda" and "triton" in available else "torch"
-        choice = wish if wish in available else default
+        choice = wish if wish is not None and wish in available else default
         reason = f"by {VARIABLE}" if wish in available else f"by device {device.type}"
         if wish is not None and wish not in available:
             reason += f"; {VARIABLE}={wish} has no implementation here"

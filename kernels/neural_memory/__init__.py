@@ -169,15 +169,15 @@ def _check(
     check.sequence_borders(cu_seqlens, b, t, q.device)
     if state is not None:
         _check_state(state, weights, spec, b if cu_seqlens is None else cu_seqlens.numel() - 1, kind)
-    for name, x in {
+    for name, other in {
         "k": k,
         "v": v,
         **gates,
         "norm": norm,
         **{f"weights[{i}]": w for i, w in enumerate(weights)},
     }.items():
-        if x is not None:
-            check.device(name, x, q.device)
+        if other is not None:
+            check.device(name, other, q.device)
 
 
 def _check_weights(weights: list[Tensor], norm: Tensor | None, spec: MemorySpec, heads: int, d: int, dv: int) -> None:
@@ -204,7 +204,7 @@ def _check_state(
     check.dtype("state['position']", state["position"], (torch.int32,))
 
 
-def _torch(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, state, cu_seqlens):  # type: ignore[no-untyped-def]
+def _torch(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, state, cu_seqlens):
     names = state_names(spec)
     held = [] if state is None else [state[name] for name in names]
     inputs = [q, k, v, step, log_retain, log_momentum, norm, *weights, *held]

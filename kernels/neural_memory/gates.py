@@ -33,14 +33,17 @@ class Gates:
 
     @property
     def read_write(self) -> Tensor:
+        """``write`` as the reads see it: one token late where reads come before writes; so the two below."""
         return pad(self.write[:, :-1], (0, 0, 1, 0)) if self.shift else self.write
 
     @property
     def read_retain(self) -> Tensor:
+        """``retain`` at the reads."""
         return pad(self.retain[:, :-1], (1, 0), value=1.0) if self.shift else self.retain
 
     @property
     def read_carry(self) -> Tensor | None:
+        """``carry`` at the reads."""
         return None if self.carry is None else pad(self.carry[:, :-1], (1, 0)) if self.shift else self.carry
 
 
@@ -112,7 +115,8 @@ def gates_backward(
         d_step, d_log_momentum = (d_write * decay).sum(-2), None
     else:
         assert d_carry is not None and d.last_carry is not None and d.last_momentum_write is not None
-        assert inertia is not None and gates.momentum_write is not None and gates.inertia is not None
+        assert d.last_inertia is not None and inertia is not None
+        assert gates.momentum_write is not None and gates.inertia is not None
         d_carry[:, -1] += d.last_carry
         d_decay = torch.bmm(d_write, gates.momentum_write.mT)
         d_decay += d_carry.unsqueeze(-1) * gates.inertia.unsqueeze(-2)

@@ -175,7 +175,7 @@ def neural_memory_op(
 
 
 @neural_memory_op.register_fake
-def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, keep):  # type: ignore[no-untyped-def]
+def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, keep):
     what = MemorySpec.decode(spec)
     kind = compute_dtype(q)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -265,13 +265,13 @@ def _step_backward(
     for grad, part in zip(grads, (d.q, d.k, d.v, *of_gates), strict=True):
         if grad is not None and part is not None:
             call.layout.put(grad, part, step)
-    d_held = [new if old is None else new.add_(old) for new, old in zip(d.anchor, before, strict=True)]
-    for whole, parts in ((d_states, d.states), (d_anchor, d_held)):
-        for i, part in enumerate(parts):
-            if active == len(whole[i]):
-                whole[i] = part
+    anchors = [new if old is None else new.add_(old) for new, old in zip(d.anchor, before, strict=True)]
+    for carried, changed in ((d_states, d.states), (d_anchor, anchors)):
+        for i, new in enumerate(changed):
+            if active == len(carried[i]):
+                carried[i] = new
             else:
-                whole[i][:active] = part
+                carried[i][:active] = new
     return None if d.norm is None else d.norm.unflatten(0, (step.rows, call.heads)).sum((0, 2))
 
 
@@ -301,14 +301,14 @@ def _lay_out(
 @neural_memory_backward_op.register_fake
 def _(
     grad_o, grad_state, q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, kept, spec
-):  # type: ignore[no-untyped-def]
+):
     shaped = [q, k, v, step, log_retain, log_momentum, norm, *(state or weights)]
     return [
         absent(weights[0]) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in shaped
     ]
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, _ = inputs
     what = MemorySpec.decode(spec)
     finals = what.layers * (3 if what.has_momentum else 2)
@@ -322,9 +322,10 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tokens, norm, position, cu_seqlens, *weights, *state, *kept)
 
 
-def _backward(ctx, grads):  # type: ignore[no-untyped-def]
-    *tokens, norm, position, cu_seqlens = ctx.saved_tensors[:9]
-    rest = ctx.saved_tensors[9:]
+def _backward(ctx, grads):
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing hands out each tensor a single time
+    *tokens, norm, position, cu_seqlens = saved[:9]
+    rest = saved[9:]
     n_weights, n_state = ctx.counts
     weights, state, kept = rest[:n_weights], rest[n_weights : n_weights + n_state], rest[n_weights + n_state :]
     q, _, v = tokens[:3]
@@ -346,13 +347,13 @@ neural_memory_op.register_autograd(_backward, setup_context=_setup)
 
 def _forward_flops(
     q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu, spec, keep, out_shape=None
-):  # type: ignore[no-untyped-def]
+):
     return matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], MemorySpec.decode(spec))
 
 
 def _backward_flops(
     grad_o, grad_state, q, k, v, step, lr, lm, weights, norm, state, position, cu, kept, spec, out_shape=None
-):  # type: ignore[no-untyped-def]
+):
     return 2 * matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], MemorySpec.decode(spec))
 
 

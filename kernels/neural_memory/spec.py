@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 NETWORKS = ("linear", "mlp")
 BIASES = ("l2", "dot")
@@ -97,6 +98,6 @@ class MemorySpec:
     @classmethod
     def decode(cls, text: str) -> "MemorySpec":
         """The spec that :meth:`encode` wrote."""
-        words = {"True": True, "False": False}
+        words: dict[str, Any] = {"True": True, "False": False}
         pairs = (item.split("=") for item in text.split(","))
         return cls(**{key: words.get(value, int(value) if value.isdigit() else value) for key, value in pairs})

@@ -58,7 +58,7 @@ def peer_class() -> type[nn.Module]:
     """The peer's layer, or an exit that says how to get it."""
     if importlib.util.find_spec("titans_pytorch") is None:
         sys.exit("titans-pytorch is not installed; get it with: pip install titans-pytorch")
-    from titans_pytorch import NeuralMemory  # type: ignore[import-not-found]
+    from titans_pytorch import NeuralMemory
 
     return NeuralMemory
 
