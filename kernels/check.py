@@ -15,7 +15,7 @@ def require(condition: bool, name: str, was: object, must: str) -> None:
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None], layout: str) -> None:
-    """Check a shape; ``None`` in ``expected`` leaves that size free; ``layout`` is the documented form, ``[B, T, H, D]``."""
+    """Check a shape; ``None`` in ``expected`` leaves that size free; ``layout`` is as documented, ``[B, T, H, D]``."""
     require(isinstance(tensor, Tensor), name, type(tensor).__name__, f"be a tensor {layout}")
     fits = tensor.dim() == len(expected) and all(
         want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
