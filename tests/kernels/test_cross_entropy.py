@@ -116,6 +116,20 @@ def test_flops_of_both_ways_together(reduction: str) -> None:
     assert counter.get_total_flops() == sum(parts)
 
 
+def test_cost_is_that_of_the_plain_products() -> None:
+    """Counted by torch on logits in one piece; without a reduction they are computed once more."""
+    x, weight, target = draw(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        loss = F.cross_entropy(x @ weight.T, target)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert cost(x.shape, weight.shape).flops == forward
+    assert cost(x.shape, weight.shape, backward=True).flops == counter.get_total_flops()
+    again = cost(x.shape, weight.shape, reduction="none", backward=True).flops
+    assert again == counter.get_total_flops() + forward
+
+
 class Watch(TorchDispatchMode):
     """The most elements that one tensor's memory holds, among all that are ever made."""
 

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from harness import EXACT, Draw, assert_close, assert_same
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from palimpsest.kernels import short_conv
+from palimpsest.kernels.short_conv.cost import cost
 
 
 def draw(batch: int = 2, length: int = 9, channels: int = 6, width: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +26,15 @@ def test_is_a_depthwise_convolution(backend: str, width: int) -> None:
     found, state = short_conv(x, weight, bias, activation="silu", backend=backend)
     assert_close([found], [F.silu(wanted)], EXACT, "silu")
     assert state is None
+
+
+def test_cost_is_that_of_conv1d() -> None:
+    x, weight, _ = draw()
+    padded = F.pad(x.transpose(1, 2), (3, 0))
+    with FlopCounterMode(display=False) as counter:
+        F.conv1d(padded, weight.unsqueeze(1), groups=6)
+    assert cost(x.shape, weight.shape).flops == counter.get_total_flops()
+    assert cost(x.shape, weight.shape, backward=True).flops == 2 * counter.get_total_flops()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -17,6 +17,7 @@ from palimpsest.kernels import window_attention
 from palimpsest.kernels.window_attention import blocks as block_module
 from palimpsest.kernels.window_attention import chunked, flash
 from palimpsest.kernels.window_attention.blocks import blocks
+from palimpsest.kernels.window_attention.cost import cost, pairs
 
 DOCUMENTS = torch.tensor([0, 1, 70, 70, 200], dtype=torch.int32)
 
@@ -140,6 +141,17 @@ def test_blocks_touch_only_the_keys_they_need() -> None:
     q = torch.empty(1, 1000, 1, 8)
     taken = sum(b.columns.stop - b.columns.start for b in blocks(q, 1000, 32, 0, None))
     assert taken <= 1000 + 16 * 32
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("cached", [0, 3, 9])
+def test_cost_counts_the_pairs_that_see_each_other(window: int | None, cached: int) -> None:
+    for length in (1, 3, 12):
+        seen = sum(min(cached + t + 1, window or cached + t + 1) + 2 for t in range(length))
+        assert pairs(length, window, cached, prefix=2) == seen
+        arguments = {"window": window, "prefix": 2, "cached": cached}
+        assert cost((5, length, 4, 8), (5, length, 2, 8), **arguments).flops == 5 * 4 * seen * 4 * 8
+        assert cost((5, length, 4, 8), (5, length, 2, 8), **arguments, backward=True).flops == 5 * 4 * seen * 10 * 8
 
 
 class FlashAttention(types.ModuleType):
