@@ -44,7 +44,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist palimpsest.egg-info .pytest_cache .ruff_cache .mypy_cache $(TYPES)
+	rm -rf build dist palimpsest.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(TYPES)
 	find $(ROOMS) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): setup.py constraints.txt
