@@ -75,12 +75,18 @@ data: {{source: text, path: "{tmp_path}/*.txt", validation_fraction: 0.2}}
 train: {{steps: 30, warmup_steps: 2, batch_size: 2, seq_len: 32, lr: 1e-2}}
 """
     )
+    rates, real = [], nanogpt.set_learning_rate
+    monkeypatch.setattr(
+        nanogpt, "set_learning_rate", lambda optimizer, rate: (rates.append(rate), real(optimizer, rate))
+    )
     out = tmp_path / "race.json"
     arguments = ["--peer", str(peer), "--race", "race.yaml", "--peer-lr", "1e-2", "1e-9", "--threads", "1"]
     assert nanogpt.main([*arguments, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     losses = record["held_out_loss"]
     assert list(losses) == ["race", "nanogpt at 0.01", "nanogpt at 1e-09"] and record["tokens"] == 30 * 2 * 32
+    # Warm-up over two steps to each one's peak, then down to a tenth of it.
+    assert rates[:3] == pytest.approx([5e-3, 5e-3, 5e-10]) and rates[-3:] == pytest.approx([1e-3, 1e-3, 1e-10])
     # A rate of 1e-9 learns nothing; both others end well below its loss.
     assert max(losses["race"], losses["nanogpt at 0.01"]) < losses["nanogpt at 1e-09"] - 0.5
 
