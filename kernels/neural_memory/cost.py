@@ -28,7 +28,7 @@ def cost(
     value_dim: int,
     spec: MemorySpec,
     *,
-    element_bytes: int = 4,
+    itemsize: int = 4,
     backward: bool = False,
 ) -> Cost:
     """Cost of one call; ``backward`` gives that of the backward alone, twice the products of the forward (the replay of
@@ -39,7 +39,7 @@ def cost(
     shapes = spec.weight_shapes(heads, key_dim, value_dim)
     flops = matmul_flops(batch * length, heads, [(a, b) for _, a, b in shapes], spec)
     gates = 4 * (1 + (spec.retention == "l2") + spec.has_momentum)
-    per_token = (2 * key_dim + 2 * value_dim) * element_bytes + gates
+    per_token = (2 * key_dim + 2 * value_dim) * itemsize + gates
     state = 4 * sum(h * a * b for h, a, b in shapes) * (2 if spec.has_momentum else 1)
     moved = batch * length * heads * per_token + 2 * batch * state
     return Cost(2 * flops, 2 * moved) if backward else Cost(flops, moved)
