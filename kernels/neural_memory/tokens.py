@@ -1,6 +1,7 @@
 """The token tensors of one call, laid out so that a chunk of every active sequence is one tensor [rows·H, c, ·]."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .schedule import Step
@@ -17,13 +18,15 @@ class Tokens:
         if x is None:
             return None
         x = x.to(kind)
-        return x.movedim(2, 1).flatten(0, 1).contiguous() if self.dense else x.flatten(0, 1)
+        if self.dense:
+            return rearrange(x, "b t h ... -> (b h) t ...").contiguous()
+        return rearrange(x, "b t h ... -> (b t) h ...")
 
     def restore(self, x: Tensor) -> Tensor:
         """Back to [B, T, H, ·], contiguous."""
-        rows = (self.batch, self.heads) if self.dense else (self.batch, -1)
-        x = x.unflatten(0, rows)
-        return (x.movedim(1, 2) if self.dense else x).contiguous()
+        if self.dense:
+            return rearrange(x, "(b h) t ... -> b t h ...", b=self.batch).contiguous()
+        return rearrange(x, "(b t) h ... -> b t h ...", b=self.batch).contiguous()
 
     def take(self, x: Tensor | None, step: Step) -> Tensor | None:
         """The chunk [rows·H, c, ·]; zero in slots that hold no token, whatever the rest of the tensor holds."""
@@ -33,7 +36,7 @@ class Tokens:
             return x[:, step.span[0] : step.span[1]]
         assert step.index is not None and step.valid is not None
         empty = ~step.valid[(...,) + (None,) * (x.dim() - 1)]
-        return x[step.index].masked_fill(empty, 0.0).movedim(2, 1).flatten(0, 1)
+        return rearrange(x[step.index].masked_fill(empty, 0.0), "n c h ... -> (n h) c ...")
 
     def put(self, out: Tensor, chunk: Tensor, step: Step) -> None:
         """Write a chunk to its place in ``out``, laid out like the inputs; slots that hold no token are dropped."""
@@ -41,5 +44,5 @@ class Tokens:
             out[:, step.span[0] : step.span[1]] = chunk
             return
         assert step.index is not None and step.valid is not None
-        own = chunk.unflatten(0, (step.rows, self.heads)).movedim(1, 2)
+        own = rearrange(chunk, "(n h) c ... -> n c h ...", n=step.rows)
         out[step.index[step.valid]] = own[step.valid]
