@@ -130,6 +130,21 @@ def test_asked_to_stop_a_run_saves_and_exits_cleanly_and_goes_on_later(run, conf
     same_run(tmp_path / "run", whole[0])
 
 
+AT_EXPORT = """
+import os, signal
+from palimpsest.models import MemoryLM
+MemoryLM.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_weights_of_an_earlier_stop_are_not_taken_for_the_final_ones(run, config, whole, tmp_path):
+    """Stopped once, which exports weights, then killed just before the final ones are exported."""
+    assert run(config, signal=signal.SIGTERM, when="step 4/16").codes == [0]
+    assert run(config, prelude=AT_EXPORT).codes == [-KILL]
+    assert run(config).codes == [0]
+    same_run(tmp_path / "run", whole[0])
+
+
 def test_a_complete_run_says_so_and_changes_nothing(run, config, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "config.yaml"}
