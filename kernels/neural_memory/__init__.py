@@ -160,8 +160,8 @@ def _check(
             (gate is not None) == wanted, name, _presence(gate), f"be {'given' if wanted else 'None'} for {why}"
         )
     for name, gate in gates.items():
-        if gate is not None:
-            check.shape(name, gate, [b, t, h], "[B, T, H]")
+        if gate is not None or name == "step":
+            check.shape(name, gate, [b, t, h], "[B, T, H]")  # type: ignore[arg-type]
             check.dtype(name, gate, (kind,))
     for name, x in (("k", k), ("v", v)):
         check.dtype(name, x, (q.dtype,))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+M_MMAP_THRESHOLD = -3  # of malloc.h: blocks above it are mapped, and unmapped when freed
+
 
 def _resident(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
@@ -27,9 +29,9 @@ def _resident(field: str) -> int:
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     """The most memory in use while ``function`` runs, above what was in use before, in bytes.
 
-    On a GPU as the allocator counts it. On a CPU the peak of resident memory, reset before the call (Linux): freed
-    memory is handed back first, so that the call cannot hide in it. Run ``function`` once before, small, so that
-    libraries are loaded.
+    On a GPU as the allocator counts it. On a CPU the peak of resident memory, reset before the call (Linux). From the
+    first call on, this process returns freed blocks above 256 KiB to the system at once, so that what is resident is
+    what is in use: take times before. Run ``function`` once before, small, so that libraries are loaded.
     """
     gc.collect()
     if device != "cpu":
@@ -38,7 +40,9 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     function()

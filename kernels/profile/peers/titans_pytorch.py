@@ -10,6 +10,7 @@ are; its default takes all of them at W_0, which is another function, and is tim
 
 import argparse
 import importlib.util
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -90,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     x = torch.randn(args.batch, args.length, args.dim)
-    rows = []
+    rows, trained = [], []
     for chunk in args.chunks:
         common = {"dim": args.dim, "heads": args.heads, "dim_head": args.dim // args.heads, "chunk_size": chunk}
         layers = {
@@ -98,20 +99,19 @@ def main() -> None:
             "peer": peer(**common, batch_size=chunk),
             "peer, all gradients at W_0": peer(**common),
         }
-        steps = {name: trainer(layer, x) for name, layer in layers.items()}
-        seconds = interleave(steps, args.rounds)
-        peaks = {name: peak_bytes(step) for name, step in steps.items()}
+        trained.append({name: trainer(layer, x) for name, layer in layers.items()})
+        seconds = interleave(trained[-1], args.rounds)
         tokens = args.batch * args.length
-        row = {
-            "chunk": chunk,
-            "tokens_per_second": {name: tokens / sorted(s)[len(s) // 2] for name, s in seconds.items()},
-            "times_the_peer": ratio(seconds, "palimpsest", "peer"),
-            "peak_bytes": peaks,
-        }
-        rows.append(row)
-        rates = "  ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in row["tokens_per_second"].items())
-        memory = "  ".join(f"{name}: {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
-        print(f"chunk {chunk}: {row['times_the_peer']:.1f} × the peer\n  {rates}\n  peak {memory}", flush=True)
+        rates = {name: tokens / statistics.median(s) for name, s in seconds.items()}
+        rows.append(
+            {"chunk": chunk, "times_the_peer": ratio(seconds, "palimpsest", "peer"), "tokens_per_second": rates}
+        )
+        print(f"chunk {chunk}: {rows[-1]['times_the_peer']:.1f} × the peer", flush=True)
+        print("  " + "  ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in rates.items()), flush=True)
+    for row, steps in zip(rows, trained, strict=True):
+        row["peak_bytes"] = peaks = {name: peak_bytes(step) for name, step in steps.items()}
+        told = "  ".join(f"{name}: {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
+        print(f"chunk {row['chunk']} peak memory\n  {told}", flush=True)
     shape = {key: getattr(args, key) for key in ("dim", "heads", "batch", "length", "threads", "rounds")}
     write(args.json, {"shape": shape, "rows": rows})
 
