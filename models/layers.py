@@ -65,6 +65,28 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, gate=gate, eps=self.eps)
 
 
+class _Gated(torch.autograd.Function):
+    """silu(g) ⊙ u of [g ‖ u], keeping [g ‖ u] alone and writing both halves of its gradient in place."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        gate, up = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
+        torch.mul(grad, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return out
+
+
 class SwiGLU(nn.Module):
     """(silu(x W_g) ⊙ x W_u) W_d (Shazeer, 2020); W_g and W_u are one matrix."""
 
@@ -75,8 +97,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] → [..., dim]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        both = self.gate_up(x)
+        if torch.compiler.is_compiling():  # which fuses this by itself
+            gate, up = both.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(_Gated.apply(both))
 
 
 class PersistentTokens(nn.Module):
@@ -139,14 +164,25 @@ def rotary_table(
     return rotary_angles(token_positions(x.shape[1], start, cu_seqlens, x.device), x.shape[3], base, dtype)
 
 
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pairs (x_2i, x_2i+1) turned by their angles: one complex product, a sixth of the time of the real ones."""
+    wide = x.to(cos.dtype)
+    if torch.compiler.is_compiling():  # which fuses real products, and knows no complex ones
+        a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+    if any(stride % 2 for stride in wide.stride()[:-1]) or wide.stride(-1) != 1 or wide.storage_offset() % 2:
+        wide = wide.contiguous()  # complex numbers lie at even places
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
 class _Rotate(torch.autograd.Function):
-    """Rotation of the pairs (x_i, x_{i + D/2}); its adjoint is the rotation back."""
+    """Rotation of pairs; its adjoint is the rotation back."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return _turn(x, cos, sin)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -157,6 +193,6 @@ class _Rotate(torch.autograd.Function):
 def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding (Su et al., 2021) of x [B, T, H, D], D even, by cos and sin of :func:`rotary_table`.
 
-    Pairs are (x_i, x_{i + D/2}). Computed in the table's dtype, returned in x's.
+    Pairs are (x_2i, x_2i+1), as in the paper. Computed in the table's dtype, returned in x's.
     """
     return _Rotate.apply(x, *table)

@@ -72,6 +72,8 @@ def train(config: RunConfig, listener: Callable[[Record], None] | None = None) -
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     world = parallel.start(config.train.device)
+    if world.device.type == "cpu":
+        launch.keep_freed_memory()
     try:
         return _train(config, world, listener)
     finally:

@@ -79,7 +79,7 @@ def make_gates(
     adds = decay if valid is None else decay * valid.unsqueeze(-2)
     inertia, products = _decay(log_momentum, step)
     momentum_write = inertia * step.unsqueeze(-2)
-    carry = torch.bmm(adds, products.unsqueeze(-1)).squeeze(-1)
+    carry = (adds * products.unsqueeze(-2)).sum(-1)  # a third of the time of a bmm with one column
     write = torch.bmm(adds, momentum_write)
     return Gates(write, retain, carry, momentum_write, products, shift, (decay, adds, inertia, valid))
 
@@ -124,7 +124,7 @@ def gates_backward(
             d_decay *= valid.unsqueeze(-2)
         d_momentum_write = torch.bmm(adds.mT, d_write)
         d_momentum_write[:, -1] += d.last_momentum_write
-        d_inertia = torch.bmm(adds.mT, d_carry.unsqueeze(-1)).squeeze(-1)
+        d_inertia = (adds * d_carry.unsqueeze(-1)).sum(-2)
         d_inertia[:, -1] += d.last_inertia
         d_step = (d_momentum_write * inertia).sum(-2)
         d_log_momentum = _decay_backward(inertia, gates.inertia, d_momentum_write * step.unsqueeze(-2), d_inertia)

@@ -52,13 +52,14 @@ def backward(
     product = g * n
     if weight is not None:
         d_weight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        g = g * weight.to(kind)
         along = (product @ weight.to(kind)).unsqueeze(-1)
+        d_x = torch.mul(g, weight.to(kind), out=product)  # in its place: new memory costs more than a product
     else:
         along = product.sum(-1, keepdim=True)
+        d_x = product.copy_(g)
     if mean:
         along /= x.shape[-1]
-    d_x = torch.addcmul(g, n, along, value=-1).mul_(factor)
+    d_x.addcmul_(n, along, value=-1).mul_(factor)
     return [d_x.to(x.dtype).contiguous(), d_weight, d_gate]
 
 

@@ -109,8 +109,8 @@ def rotated(x: Tensor, position: int, core: AttentionCore) -> Tensor:
     half = x.shape[-1] // 2
     turn = [position * core.base ** (-i / half) for i in range(half)]
     spin = torch.tensor([complex(math.cos(a), math.sin(a)) for a in turn], dtype=torch.complex128)
-    turned = torch.complex(x[:, :half], x[:, half:]) * spin
-    return torch.cat([turned.real, turned.imag], -1)
+    turned = torch.complex(x[:, 0::2], x[:, 1::2]) * spin
+    return torch.view_as_real(turned).flatten(-2)
 
 
 def attend(core: AttentionCore, x: Tensor, position: int, others: list[tuple[Tensor, int | None]]) -> Tensor:
