@@ -303,6 +303,7 @@ class TitansMAC(Heads):
     kind: Literal["titans_mac"] = "titans_mac"
     segment: Count = 128
     persistent: Annotated[int, Field(ge=0)] = 4
+    gate: Literal["sigmoid", "silu"] = "sigmoid"
     memory: MemoryConfig = MemoryConfig()
 
 
@@ -312,6 +313,7 @@ class TitansMAG(Heads):
     kind: Literal["titans_mag"] = "titans_mag"
     window: Count = 256
     persistent: Annotated[int, Field(ge=0)] = 4
+    gate: Literal["sigmoid", "silu"] = "sigmoid"
     memory: MemoryConfig = MemoryConfig()
 
 

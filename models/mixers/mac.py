@@ -48,7 +48,7 @@ class MemoryAsContext(Mixer):
         self.attention = AttentionCore(model, mixer, None, mixer.persistent)
         self.memory = MemoryLayer(model, mixer.memory)
         self.norm_read = RMSNorm(model.dim, model.norm_eps)
-        self.gate = MemoryGate(model)
+        self.gate = MemoryGate(model, mixer.gate)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ class MemoryAsGate(Mixer):
         super().__init__()
         self.attention = AttentionCore(model, mixer, mixer.window, mixer.persistent)
         self.memory = MemoryLayer(model, mixer.memory)
-        self.gate = MemoryGate(model)
+        self.gate = MemoryGate(model, mixer.gate)
 
     def forward(
         self,

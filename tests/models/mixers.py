@@ -34,6 +34,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "memory": {**MEMORY, "conv": 0, "rule": "gd", "read_after_write": False},
     },
     "mag": {"kind": "titans_mag", "heads": 2, "window": 4, "persistent": 2, "memory": MEMORY},
+    "mag, silu": {"kind": "titans_mag", "heads": 2, "window": 3, "persistent": 1, "gate": "silu", "memory": MEMORY},
     "mal": {"kind": "titans_mal", "heads": 2, "window": 4, "persistent": 2, "memory": MEMORY},
     "mal, bare": {"kind": "titans_mal", "heads": 2, "window": 4, "persistent": 0, "memory": {**MEMORY, "conv": 0}},
 }

@@ -4,6 +4,7 @@ Bound: 1e-10 on absolute differences of values of order 1, in float64.
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -136,12 +137,12 @@ def lmm(mixer: MemoryLayer, x: Tensor) -> list[Tensor]:
     return [memory.write_and_read(token) for token in x]
 
 
-def mag(mixer: MemoryAsGate, x: Tensor) -> list[Tensor]:
+def mag(mixer: MemoryAsGate, x: Tensor, squash: Callable[[Tensor], Tensor]) -> list[Tensor]:
     core, memory, outputs = mixer.attention, PlainMemory(mixer.memory), []
     fixed = [(token, None) for token in core.persistent.tokens]
     for t, token in enumerate(x):
         y = attend(core, token, t, fixed + [(x[j], j) for j in range(max(0, t - core.window + 1), t + 1)])
-        gate = torch.sigmoid(norm(memory.write_and_read(token), mixer.gate.norm_memory))
+        gate = squash(norm(memory.write_and_read(token), mixer.gate.norm_memory))
         outputs.append(F.linear(norm(y, mixer.gate.norm_y) * gate, mixer.gate.out.weight))
     return outputs
 
@@ -157,7 +158,7 @@ def mal(mixer: MemoryAsLayer, x: Tensor) -> list[Tensor]:
     return outputs[len(fixed) :]
 
 
-def mac(mixer: MemoryAsContext, x: Tensor) -> list[Tensor]:
+def mac(mixer: MemoryAsContext, x: Tensor, squash: Callable[[Tensor], Tensor]) -> list[Tensor]:
     core, memory, outputs = mixer.attention, PlainMemory(mixer.memory), []
     fixed = [] if core.persistent is None else [(token, None) for token in core.persistent.tokens]
     for t, token in enumerate(x):
@@ -168,11 +169,12 @@ def mac(mixer: MemoryAsContext, x: Tensor) -> list[Tensor]:
         context.append((norm(memory.read(token, before), mixer.norm_read), place))
         segment.append((token, mixer.segment + place))
         y = norm(attend(core, token, mixer.segment + place, fixed + context + segment), mixer.gate.norm_y)
-        gate = torch.sigmoid(norm(memory.write_and_read(y), mixer.gate.norm_memory))
+        gate = squash(norm(memory.write_and_read(y), mixer.gate.norm_memory))
         outputs.append(F.linear(y * gate, mixer.gate.out.weight))
     return outputs
 
 
+GATES = {"sigmoid": lambda z: 1 / (1 + (-z).exp()), "silu": lambda z: z / (1 + (-z).exp())}
 PLAIN = {"neural_memory": lmm, "titans_mag": mag, "titans_mal": mal, "titans_mac": mac}
 
 
@@ -183,6 +185,8 @@ def test_the_layer_is_its_equations(name: str) -> None:
         if parameter.dim() == 1:
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     x = tokens(1, 17)
-    expected = torch.stack(PLAIN[REGISTRY[name]["kind"]](mixer, x[0]))
+    kind = REGISTRY[name]["kind"]
+    squash = [GATES[REGISTRY[name].get("gate", "sigmoid")]] if kind in ("titans_mac", "titans_mag") else []
+    expected = torch.stack(PLAIN[kind](mixer, x[0], *squash))
     assert expected.shape == (17, DIM)
     assert (mixer(x)[0][0] - expected).abs().max() <= 1e-10
