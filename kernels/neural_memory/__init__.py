@@ -149,6 +149,7 @@ def _check(
     b, t, h, d = q.shape
     kind = check.compute_dtype(q)
     check.shape("k", k, [b, t, h, d], "[B, T, H, D]")
+    check.require(isinstance(step, Tensor), "step", type(step).__name__, "be a tensor [B, T, H]")
     check.shape("v", v, [b, t, h, d if spec.residual else None], "[B, T, H, D_v]")
     gates = {"step": step, "log_retain": log_retain, "log_momentum": log_momentum}
     for name, gate, wanted in (
@@ -160,8 +161,8 @@ def _check(
             (gate is not None) == wanted, name, _presence(gate), f"be {'given' if wanted else 'None'} for {why}"
         )
     for name, gate in gates.items():
-        if gate is not None or name == "step":
-            check.shape(name, gate, [b, t, h], "[B, T, H]")  # type: ignore[arg-type]
+        if gate is not None:
+            check.shape(name, gate, [b, t, h], "[B, T, H]")
             check.dtype(name, gate, (kind,))
     for name, x in (("k", k), ("v", v)):
         check.dtype(name, x, (q.dtype,))

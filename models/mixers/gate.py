@@ -1,11 +1,15 @@
 """How a memory gates attention in MAC and MAG."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ModelConfig
 from ..layers import Linear, RMSNorm
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu}
 
 
 class MemoryGate(nn.Module):
@@ -18,7 +22,7 @@ class MemoryGate(nn.Module):
 
     def __init__(self, model: ModelConfig, gate: str) -> None:
         super().__init__()
-        self.nonlinearity = {"sigmoid": torch.sigmoid, "silu": F.silu}[gate]
+        self.nonlinearity = GATES[gate]
         self.norm_y = RMSNorm(model.dim, model.norm_eps)
         self.norm_memory = RMSNorm(model.dim, model.norm_eps)
         self.out = Linear(model.dim, model.dim, model.residual_std)
