@@ -18,7 +18,7 @@ class Operator:
     """
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
-        self.name = f"palimpsest::{name}"
+        self.name, self.body = f"palimpsest::{name}", body
         schema = torch.library.infer_schema(body, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")

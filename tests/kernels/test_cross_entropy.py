@@ -152,9 +152,9 @@ def test_logits_of_all_tokens_never_exist(options: dict[str, float]) -> None:
     rest = (-100, options.get("smoothing", 0.0), options.get("z_loss", 0.0), options.get("softcap"), chunk)
     bound = max(chunk * vocabulary, x.numel(), weight.numel())
     with Watch() as watch:
-        chunked.forward._init_fn(x, weight, target, *rest, True, True)
-        chunked.forward._init_fn(x, weight, target, *rest, False, False)
-        chunked.backward._init_fn(torch.ones(tokens), x, weight, target, *rest)
+        chunked.forward.body(x, weight, target, *rest, True, True)
+        chunked.forward.body(x, weight, target, *rest, False, False)
+        chunked.backward.body(torch.ones(tokens), x, weight, target, *rest)
     assert chunk * vocabulary <= watch.largest <= bound < tokens * vocabulary / 10
     with Watch() as watch:
         loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target, chunk=chunk)
