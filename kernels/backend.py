@@ -1,5 +1,6 @@
 """Which implementation of an operation runs: by argument, by ``PALIMPSEST_BACKEND``, by device, in that order."""
 
+import importlib.util
 import logging
 import os
 from collections.abc import Collection
@@ -10,6 +11,7 @@ logger = logging.getLogger("palimpsest.kernels")
 
 BACKENDS = ("reference", "torch", "triton")
 VARIABLE = "PALIMPSEST_BACKEND"
+INSTALLED = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
 
 
@@ -20,6 +22,13 @@ def log_once(message: str) -> None:
         logger.info(message)
 
 
+def launchable(device: torch.device) -> bool:
+    """Whether Triton kernels can be launched on tensors of a device: on a GPU, in the interpreter, or in a plan."""
+    from .launch import interpreted, is_planning
+
+    return INSTALLED and (device.type == "cuda" or interpreted() or is_planning())
+
+
 def resolve(operation: str, available: Collection[str], device: torch.device, requested: str | None = None) -> str:
     """The backend that ``operation`` runs with; logged once per operation and choice.
 
@@ -28,21 +37,29 @@ def resolve(operation: str, available: Collection[str], device: torch.device, re
     ``triton`` on a GPU where the operation has it, else ``torch``.
 
     Raises:
-        ValueError: for an unknown name, or a requested backend that the operation lacks.
+        ValueError: for an unknown name, or a requested backend that the operation lacks or the device cannot run.
     """
     if requested is not None:
         if requested not in available:
             raise ValueError(f"backend of {operation} was {requested!r}; it must be one of {sorted(available)}")
+        if requested == "triton" and not launchable(device):
+            raise ValueError(
+                f"backend of {operation} was 'triton' for tensors on {device}; they must be on a GPU with triton "
+                f"installed, or TRITON_INTERPRET must be 1 before triton is imported"
+            )
         choice, reason = requested, "by argument"
     else:
         wish = os.environ.get(VARIABLE)
         if wish is not None and wish not in BACKENDS:
             raise ValueError(f"{VARIABLE} was {wish!r}; it must be one of {sorted(BACKENDS)}")
-        default = "triton" if device.type == "cuda" and "triton" in available else "torch"
-        choice = wish if wish is not None and wish in available else default
-        reason = f"by {VARIABLE}" if wish in available else f"by device {device.type}"
-        if wish is not None and wish not in available:
-            reason += f"; {VARIABLE}={wish} has no implementation here"
+        fits = wish in available and (wish != "triton" or launchable(device))
+        default = "triton" if device.type == "cuda" and "triton" in available and INSTALLED else "torch"
+        choice = wish if wish is not None and fits else default
+        reason = f"by {VARIABLE}" if fits else f"by device {device.type}"
+        if wish is not None and not fits:
+            reason += f"; {VARIABLE}={wish} cannot run here"
+        elif device.type == "cuda" and not INSTALLED:
+            reason += "; triton is not installed"
     if not torch.compiler.is_compiling():
         log_once(f"{operation}: {choice} ({reason})")
     return choice
