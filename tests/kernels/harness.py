@@ -58,7 +58,8 @@ class OperationCase:
     ``call`` returns the output [B, T, ...], alone or in a pair with the state; with ``state`` it takes ``state`` and
     ``return_state``, with ``packed`` it takes ``cu_seqlens``. ``block`` is the length at which its inner form changes:
     a window, a chunk. ``cost(arguments)`` gives the costs of forward and backward, or is None. ``exact``, ``single``:
-    the tolerances in float64 and float32, where a case has a reason for its own.
+    the tolerances in float64 and float32, where a case has a reason for its own. ``backends``: those it runs on. On
+    ``triton`` (the interpreter, where there is no GPU) every check is made in float32, to ``single``.
     """
 
     name: str
@@ -73,16 +74,20 @@ class OperationCase:
     exact: float = EXACT
     single: float = SINGLE
     half: bool = True
+    backends: tuple[str, ...] = ("reference", "torch")
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Lengths at which an implementation in blocks has its borders."""
         return tuple(sorted({1, max(1, self.block - 1), self.block, self.block + 1, 2 * self.block + 3}))
 
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Backends that the operation registers."""
-        return tuple(OPERATIONS[self.operation].implementations)
+    def dtype(self, backend: str) -> torch.dtype:
+        """The widest dtype that a backend computes in."""
+        return torch.float32 if backend == "triton" else torch.float64
+
+    def close(self, backend: str) -> float:
+        """The tolerance between two of a backend's own results, in that dtype."""
+        return self.single if backend == "triton" else self.exact
 
     def arguments(self, seed: int, dtype: torch.dtype, batch: int, length: int) -> dict[str, Any]:
         """Keyword arguments drawn from a seed."""
@@ -269,7 +274,8 @@ def check_unseen(
 
 def check_packed(case: OperationCase, backend: str, length: int, *, warm: bool) -> None:
     """Packed documents give what each gives alone."""
-    arguments, extra = situation(case, torch.float64, length, packed=True, warm=warm)
+    tolerance = case.close(backend)
+    arguments, extra = situation(case, case.dtype(backend), length, packed=True, warm=warm)
     output, after = case.run(arguments, backend, **extra)
     edges = extra["cu_seqlens"].tolist()
     for n in range(len(edges) - 1):
@@ -279,11 +285,12 @@ def check_packed(case: OperationCase, backend: str, length: int, *, warm: bool) 
             continue
         alone = {"state": before} if before else {}
         wanted, state = case.run(cut(case, arguments, time), backend, **alone)
-        assert_close([output[:, time]], [wanted], case.exact, f"document {n}")
-        assert_state(case, {name: x[n : n + 1] for name, x in after.items()}, state, f"state of document {n}")
+        assert_close([output[:, time]], [wanted], tolerance, f"document {n}")
+        own = {name: x[n : n + 1] for name, x in after.items()}
+        assert_state(own, state, tolerance, f"state of document {n}")
 
 
-def assert_state(case: OperationCase, found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+def assert_state(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float, what: str) -> None:
     """States are one when every tensor is; where a cache has more room on its left, that room must be empty."""
     assert found.keys() == wanted.keys(), what
     for name, have in found.items():
@@ -293,12 +300,13 @@ def assert_state(case: OperationCase, found: dict[str, Tensor], wanted: dict[str
             longer = have if have.shape[1] > short else want
             assert not longer[:, : longer.shape[1] - short].any(), f"{what}: {name} beyond what was seen"
             have, want = (x[:, x.shape[1] - short :] for x in (have, want))
-        assert_close([have], [want], case.exact, f"{what}: {name}")
+        assert_close([have], [want], tolerance, f"{what}: {name}")
 
 
 def check_split(case: OperationCase, backend: str, length: int, cuts: Sequence[int]) -> None:
     """A sequence cut anywhere, going on from the state, is the sequence uncut: values, final state, every gradient."""
-    arguments = leaves(case.arguments(0, torch.float64, 2, length))
+    tolerance = case.close(backend)
+    arguments = leaves(case.arguments(0, case.dtype(backend), 2, length))
     whole, end = case.run(arguments, backend)
     parts, state = [], {}
     for first, last in zip([0, *cuts], [*cuts, length], strict=True):
@@ -306,13 +314,13 @@ def check_split(case: OperationCase, backend: str, length: int, cuts: Sequence[i
         part, state = case.run(cut(case, arguments, slice(first, last)), backend, **extra)
         parts.append(part)
     joined = torch.cat(parts, 1)
-    assert_close([joined], [whole], case.exact, f"cut at {list(cuts)}")
-    assert_state(case, state, end, f"final state, cut at {list(cuts)}")
-    weight = Draw(3, torch.float64).normal(*whole.shape)
+    assert_close([joined], [whole], tolerance, f"cut at {list(cuts)}")
+    assert_state(state, end, tolerance, f"final state, cut at {list(cuts)}")
+    weight = Draw(3, whole.dtype).normal(*whole.shape)
     found, wanted = (
         torch.autograd.grad((y * weight).sum(), floats(arguments), materialize_grads=True) for y in (joined, whole)
     )
-    assert_close(found, wanted, case.exact, f"gradients, cut at {list(cuts)}")
+    assert_close(found, wanted, tolerance, f"gradients, cut at {list(cuts)}")
 
 
 def check_repeat(case: OperationCase, backend: str, dtype: torch.dtype, *, packed: bool, warm: bool) -> None:
@@ -330,7 +338,7 @@ def check_repeat(case: OperationCase, backend: str, dtype: torch.dtype, *, packe
 
 def check_poisoned(case: OperationCase, backend: str, *, packed: bool, warm: bool) -> None:
     """With uninitialised memory full of NaN the results are the same: all of it is overwritten."""
-    arguments, extra = situation(case, torch.float64, case.lengths[-1], packed=packed, warm=warm)
+    arguments, extra = situation(case, case.dtype(backend), case.lengths[-1], packed=packed, warm=warm)
     clean = outputs_and_gradients(case, arguments, backend, **extra)
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -341,7 +349,7 @@ def check_poisoned(case: OperationCase, backend: str, *, packed: bool, warm: boo
     finally:
         torch.use_deterministic_algorithms(was[0])
         torch.utils.deterministic.fill_uninitialized_memory = was[1]
-    assert_close(sum(poisoned, []), sum(clean, []), case.exact, "with poisoned memory")
+    assert_close(sum(poisoned, []), sum(clean, []), case.close(backend), "with poisoned memory")
 
 
 class Recorder(TorchDispatchMode):
@@ -376,7 +384,7 @@ def check_operators(case: OperationCase, backend: str, *, packed: bool, warm: bo
 
 def check_compile(case: OperationCase, backend: str, *, packed: bool, warm: bool) -> None:
     """Compiles as one graph, forward and backward, to the same numbers."""
-    arguments, extra = situation(case, torch.float64, case.block + 1, packed=packed, warm=warm)
+    arguments, extra = situation(case, case.dtype(backend), case.block + 1, packed=packed, warm=warm)
     expected = outputs_and_gradients(case, arguments, backend, **extra)
     torch._dynamo.reset()
     compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager")
@@ -386,9 +394,9 @@ def check_compile(case: OperationCase, backend: str, *, packed: bool, warm: bool
     output, after = compiled(arguments, backend, **extra)
     found = [output, *floats(after)]
     draw = Draw(99, torch.float64)
-    loss = sum((x * draw.normal(*x.shape)).sum() for x in found)
+    loss = sum((x * draw.normal(*x.shape, dtype=x.dtype)).sum() for x in found)
     gradients = torch.autograd.grad(loss, floats([arguments, extra.get("state")]), materialize_grads=True)
-    assert_close([*found, *gradients], sum(expected, []), case.exact, "compiled")
+    assert_close([*found, *gradients], sum(expected, []), case.close(backend), "compiled")
 
 
 def check_autocast(case: OperationCase, backend: str) -> None:

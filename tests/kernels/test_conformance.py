@@ -24,14 +24,16 @@ def runs(only: str = "", registered: bool = False) -> list:
     ]
 
 
-def situations(registered: bool = False) -> list:
+def situations(registered: bool = False, but: str = "") -> list:
     """Every case and backend, in rows and packed, fresh and going on from a state, as far as the case has them.
 
-    For a registered operator's own checks, which cost seconds each: without both, and with both.
+    For a registered operator's own checks, which cost seconds each: without both, and with both. ``but``: a backend
+    that is left out.
     """
     return [
         pytest.param(*run.values, packed, warm, id=f"{run.id}{'-packed' * packed}{'-state' * warm}")
         for run in runs(registered=registered)
+        if run.values[1] != but
         for packed in (False, True)
         for warm in (False, True)
         if run.values[0].packed >= packed and run.values[0].state >= warm and (packed == warm or not registered)
@@ -47,16 +49,18 @@ def test_every_operation_has_a_case() -> None:
 def test_equals_reference(case: OperationCase, backend: str, packed: bool, warm: bool, dtype: str) -> None:
     if dtype == "bfloat16" and (backend == "reference" or not case.half):
         return  # the reference computes in its inputs' dtype, for reading and for float64
+    if dtype != "float32" and backend == "triton" and not torch.cuda.is_available():
+        return  # the interpreter computes bfloat16 on bit patterns; the kernels have no float64
     harness.check_equals_reference(case, backend, DTYPES[dtype], case.lengths[-1], packed=packed, warm=warm)
 
 
 @pytest.mark.parametrize("case, backend", runs(registered=True))
 def test_lengths(case: OperationCase, backend: str) -> None:
     for length in case.lengths:
-        harness.check_equals_reference(case, backend, torch.float64, length, warm=case.state)
+        harness.check_equals_reference(case, backend, case.dtype(backend), length, warm=case.state)
 
 
-@pytest.mark.parametrize("case, backend, packed, warm", situations())
+@pytest.mark.parametrize("case, backend, packed, warm", situations(but="triton"))
 def test_gradcheck(case: OperationCase, backend: str, packed: bool, warm: bool) -> None:
     harness.check_gradcheck(case, backend, packed=packed, warm=warm)
 
@@ -66,7 +70,8 @@ def test_gradcheck(case: OperationCase, backend: str, packed: bool, warm: bool) 
 def test_future_is_unseen(case: OperationCase, backend: str, dtype: str) -> None:
     length = case.lengths[-1]
     for t in (1, case.block, length - 1):
-        harness.check_unseen(case, backend, DTYPES[dtype], length, slice(t, None), slice(0, t))
+        if dtype == "float32" or backend != "triton":
+            harness.check_unseen(case, backend, DTYPES[dtype], length, slice(t, None), slice(0, t))
 
 
 @pytest.mark.parametrize("case, backend", runs())
@@ -87,7 +92,7 @@ def test_packed_documents_are_apart(case: OperationCase, backend: str) -> None:
     length = case.lengths[-1]
     edges = harness.borders(length)
     for hidden, seen in ((slice(0, 5), slice(5, None)), (slice(6, None), slice(0, 6))):
-        harness.check_unseen(case, backend, torch.float64, length, hidden, seen, cu_seqlens=edges)
+        harness.check_unseen(case, backend, case.dtype(backend), length, hidden, seen, cu_seqlens=edges)
 
 
 @pytest.mark.parametrize("case, backend", runs("state"))
