@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backend import log_once
@@ -23,6 +24,17 @@ AUTOTUNE = "PALIMPSEST_AUTOTUNE"
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on tensors of the CPU. Read by Triton when it is imported."""
     return os.environ.get(VARIABLE, "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a ``tl.dot`` whose operands have a dtype; it means something for float32 alone.
+
+    On a GPU it follows ``torch.set_float32_matmul_precision``: three tf32 products, which are as good as float32, or
+    one. Plain float32 has no matrix instruction there. The interpreter has nothing else.
+    """
+    if dtype != torch.float32 or interpreted():
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,27 @@ class Operation:
     implementations: Mapping[str, Callable[..., Any]]
     cost: Callable[..., Cost]
 
-    def choose(self, device: torch.device, requested: str | None = None) -> Callable[..., Any]:
-        """The implementation that runs on ``device``; see :func:`palimpsest.kernels.backend.resolve` for the order."""
-        return self.implementations[backends.resolve(self.name, self.implementations, device, requested)]
+    def choose(
+        self, device: torch.device, requested: str | None = None, unfit: tuple[str, object, str] | None = None
+    ) -> Callable[..., Any]:
+        """The implementation that runs on ``device``; see :func:`palimpsest.kernels.backend.resolve` for the order.
+
+        ``unfit``: why the Triton kernels do not cover this call, as (argument, what it was, what it must). Such a call
+        runs plain torch and says so once, or is refused where ``requested`` names triton.
+
+        Raises:
+            ValueError: naming the ``backend``, or the argument that the backend asked for does not cover.
+        """
+        name = backends.resolve(self.name, self.implementations, device, requested)
+        if name == "triton" and unfit is not None:
+            argument, was, must = unfit
+            reason = f"{argument} was {was}; it must {must}"
+            if requested == name:
+                raise ValueError(f"{reason} for backend 'triton' of {self.name}")
+            if not torch.compiler.is_compiling():
+                backends.log_once(f"{self.name}: torch, for the Triton kernels do not cover this call: {reason}")
+            name = "torch"
+        return self.implementations[name]
 
 
 OPERATIONS: dict[str, Operation] = {}
