@@ -1,6 +1,8 @@
 """Operations on tensors: pure functions, each with a reference, a plain-torch path and its cost."""
 
 from .cross_entropy import linear_cross_entropy
+from .delta_rule import delta_rule
+from .linear_attention import linear_attention
 from .neural_memory import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
 from .norm import l2_norm, rms_norm
 from .short_conv import short_conv
@@ -8,7 +10,9 @@ from .window_attention import window_attention
 
 __all__ = [
     "MemorySpec",
+    "delta_rule",
     "l2_norm",
+    "linear_attention",
     "linear_cross_entropy",
     "neural_memory",
     "neural_memory_read",
