@@ -1,0 +1,240 @@
+"""Compiles a planned launch for a GPU that is not there, and reads off what the machine code says.
+
+    from palimpsest.kernels.launch import planning
+    from palimpsest.kernels.profile.offline import compile_launch
+
+    with planning() as launches:
+        rms_norm(torch.empty(8192, 1024, dtype=torch.bfloat16), backend="triton")
+    print(compile_launch(launches[0], arch=90))
+
+A launch compiles to what it would be on that GPU: Triton's own rules turn its arguments into types, constants (an
+integer that is 1) and attributes (a multiple of 16), and ``do_not_specialize`` is respected. It needs a process without
+``TRITON_INTERPRET``. What was read is kept under ``PALIMPSEST_CACHE``, by a digest of the kernel's source and all else
+that decides the result.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..launch import VARIABLE, Config, Kernel, Launch, interpreted
+from . import sass
+from .gpus import MULTIPROCESSORS, occupancy
+
+ARCHES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One specialisation of a kernel for one architecture, in plain values that another process can take.
+
+    ``module`` and ``function`` say where the kernel is found. ``signature`` maps its parameters to Triton's types;
+    ``constants`` and ``attributes`` are by position. ``configuration`` is the text of the :class:`Config`.
+    """
+
+    kernel: str
+    module: str
+    function: str
+    arch: int
+    configuration: str
+    num_warps: int
+    num_stages: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    attributes: tuple[tuple[int, str], ...]
+
+
+@dataclass
+class Facts:
+    """What a compilation gave.
+
+    Registers per thread; ``stack`` bytes per thread and the loads and stores to it (spills); shared memory in bytes
+    and tensor memory in columns of a program; programs that a multiprocessor holds and what limits them; static counts
+    of instructions; seconds from source to machine code. ``error``: why there is none.
+    """
+
+    registers: int = 0
+    stack: int = 0
+    spill_loads: int = 0
+    spill_stores: int = 0
+    shared: int = 0
+    tensor_memory: int = 0
+    programs: int = 0
+    limit: str = ""
+    occupancy: float = 0.0
+    instructions: int = 0
+    ffma: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+    mix: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def spills(self) -> int:
+        """Instructions that move a register to or from memory."""
+        return self.spill_loads + self.spill_stores
+
+    @property
+    def load_bits(self) -> float:
+        """Mean bits per thread of a global load, those of the copy engine left out; 0 when there is none."""
+        plain = {int(bits): n for bits, n in self.loads.items() if bits != "bulk"}
+        return sum(bits * n for bits, n in plain.items()) / max(1, sum(plain.values()))
+
+
+def specialise(
+    kernel: Kernel, config: Config, arguments: Mapping[str, Any], constants: Mapping[str, Any], arch: int
+) -> Job:
+    """What Triton makes of the arguments of a launch, by its own binder.
+
+    Raises:
+        RuntimeError: in a process whose kernels are interpreted.
+        ValueError: for an architecture that is not in ``gpus.MULTIPROCESSORS``.
+    """
+    if interpreted():
+        raise RuntimeError(f"kernels are interpreted here; compile in a process without {VARIABLE}")
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"arch was {arch!r}; it must be one of {sorted(MULTIPROCESSORS)}")
+    from triton.runtime.jit import create_function_from_signature
+
+    function = kernel.function
+    binder = create_function_from_signature(function.signature, function.params, _backend(arch))
+    bound, found, _ = binder(**arguments, **constants, **dict(config.blocks))
+    values = list(bound.values())
+    return Job(
+        kernel=kernel.name,
+        module=function.fn.__module__,
+        function=function.fn.__name__,
+        arch=arch,
+        configuration=str(config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        signature=tuple((p.name, kind) for p, (kind, _) in zip(function.params, found, strict=True)),
+        constants=tuple((i, values[i]) for i, (kind, _) in enumerate(found) if kind == "constexpr"),
+        attributes=tuple(
+            (i, what) for i, (kind, what) in enumerate(found) if kind != "constexpr" and isinstance(what, str)
+        ),
+    )
+
+
+def specialise_launch(launch: Launch, arch: int, config: Config | None = None) -> Job:
+    """The job of a planned launch, with its own configuration or another one of its kernel."""
+    return specialise(launch.kernel, config or launch.config, launch.arguments, launch.constants, arch)
+
+
+def compile_launch(launch: Launch, arch: int, config: Config | None = None) -> Facts:
+    """Compile a planned launch in this process."""
+    return compile_job(specialise_launch(launch, arch, config))
+
+
+def compile_job(job: Job) -> Facts:
+    """Compile a job, or find what its last compilation gave; an error of the compiler is in ``Facts.error``."""
+    import triton
+    from triton.compiler import ASTSource
+    from triton.runtime.errors import TritonError
+
+    function = getattr(importlib.import_module(job.module), job.function)
+    backend = _backend(job.arch)
+    attributes = {(i,): backend.parse_attr(what) for i, what in job.attributes}
+    source = ASTSource(function, dict(job.signature), {(i,): value for i, value in job.constants}, attributes)
+    options = backend.parse_options({"num_warps": job.num_warps, "num_stages": job.num_stages})
+    cached = _cache_file(source.hash(), options.hash(), str(job.arch), triton.__version__)
+    if cached.exists():
+        return Facts(**json.loads(cached.read_text()))
+    start = time.perf_counter()
+    try:
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            made = triton.compile(source, target=_target(job.arch), options=options.__dict__)
+    except (TritonError, RuntimeError, ValueError, AssertionError) as error:  # all that its passes and ptxas raise
+        return Facts(error=f"{type(error).__name__}: {error}"[:2000], seconds=time.perf_counter() - start)
+    facts = _facts(made, job, time.perf_counter() - start)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
+        json.dump(asdict(facts), file)
+    os.replace(file.name, cached)
+    return facts
+
+
+def _target(arch: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", arch, 32)
+
+
+def _backend(arch: int) -> Any:
+    from triton.compiler import make_backend
+
+    return make_backend(_target(arch))
+
+
+def _cache_file(*parts: str) -> Path:
+    """Where a result is kept; what reads the machine code is part of the key."""
+    readers = (Path(__file__), Path(sass.__file__), Path(occupancy.__code__.co_filename))
+    every = [*parts, *(path.read_text() for path in readers)]
+    digest = hashlib.sha256("\0".join(every).encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("PALIMPSEST_CACHE", Path.home() / ".cache" / "palimpsest"))
+    return folder / "offline" / f"{digest}.json"
+
+
+def _facts(made: Any, job: Job, seconds: float) -> Facts:
+    """Read a compiled kernel."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(made.asm["cubin"])
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", path)
+        code = sass.read(_run(knobs.nvidia.nvdisasm.path, "-c", path))
+    found = re.search(rf"Function {re.escape(made.metadata.name)}:\s+REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"no resource usage of {job.kernel} in what cuobjdump printed: {usage[:500]!r}")
+    registers, stack = int(found[1]), int(found[2])
+    tensor_memory = getattr(made.metadata, "tmem_size", 0) or 0
+    programs, limit = occupancy(
+        job.arch,
+        warps=made.metadata.num_warps,
+        registers=registers,
+        shared=made.metadata.shared,
+        tensor_memory=tensor_memory,
+    )
+    return Facts(
+        registers=registers,
+        stack=stack,
+        spill_loads=code.spill_loads,
+        spill_stores=code.spill_stores,
+        shared=made.metadata.shared,
+        tensor_memory=tensor_memory,
+        programs=programs,
+        limit=limit,
+        occupancy=programs * made.metadata.num_warps / MULTIPROCESSORS[job.arch].warps,
+        instructions=code.instructions,
+        ffma=code.ffma,
+        matrix=dict(code.matrix),
+        loads=dict(code.loads),
+        stores=dict(code.stores),
+        mix=dict(code.mix),
+        seconds=seconds,
+    )
+
+
+def _run(*words: Any) -> str:
+    """What a command prints.
+
+    Raises:
+        RuntimeError: with its error output, when it fails.
+    """
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr.strip()[:500]}")
+    return done.stdout

@@ -1,0 +1,63 @@
+"""Small kernels whose machine code is known in kind: what the tests of the profiler compile."""
+
+import torch
+import triton
+import triton.language as tl
+
+from palimpsest.kernels.launch import Config, Kernel
+
+
+@triton.jit(do_not_specialize=["T"])
+def product(x, y, o, T, rounds, scale, D: tl.constexpr, STRIDED: tl.constexpr, stride, BLOCK: tl.constexpr):
+    """o = scale * sum over rounds of x @ y; with STRIDED, x has a stride that is known only at run time."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, D)
+    total = tl.zeros([BLOCK, D], tl.float32)
+    if not STRIDED:
+        stride = 1
+    for i in range(rounds):
+        a = tl.load(x + rows[:, None] * D + columns[None, :] * stride + i * T * D, mask=rows[:, None] < T, other=0.0)
+        b = tl.load(y + columns[:, None] * D + columns[None, :] + i * D * D)
+        total = tl.dot(a, b, total)
+    tl.store(o + rows[:, None] * D + columns[None, :], total * scale, mask=rows[:, None] < T)
+
+
+@triton.jit
+def crowded(x, o, rounds, N: tl.constexpr):
+    """Keeps two tiles of N numbers over a loop: for N = 8192 and one warp 512 registers a thread; it has 255."""
+    i = tl.arange(0, N)
+    tile = tl.load(x + i)
+    total = tile
+    for _ in range(rounds):
+        total = total * tile + tl.sum(total, 0)
+    tl.store(o + i, total)
+
+
+CONFIGS = [Config((("BLOCK", 64),), num_warps=4, num_stages=3), Config((("BLOCK", 16),), num_warps=1, num_stages=1)]
+PRODUCT = Kernel(product, lambda constants: CONFIGS, lambda constants: [], name="sample_product")
+CROWDED = Kernel(crowded, lambda constants: [Config(num_warps=1)], lambda constants: [], name="sample_crowded")
+
+
+def call_product(dtype: torch.dtype = torch.bfloat16, tokens: int = 1000, rounds: int = 16, stride: int = 1) -> None:
+    """Launch ``product``."""
+    x, y = torch.empty(rounds, tokens, 64, dtype=dtype), torch.empty(rounds, 64, 64, dtype=dtype)
+    arguments = {"x": x, "y": y, "o": torch.empty(tokens, 64), "T": tokens, "rounds": rounds, "scale": 0.5}
+    PRODUCT(
+        lambda every: (triton.cdiv(tokens, every["BLOCK"]),),
+        arguments | {"stride": stride},
+        {"D": 64, "STRIDED": stride != 1},
+    )
+
+
+def call_crowded() -> None:
+    """Launch ``crowded``."""
+    x = torch.empty(8192)
+    CROWDED(lambda every: (1,), {"x": x, "o": torch.empty_like(x), "rounds": 3}, {"N": 8192})
+
+
+PLANS = {
+    "product_bf16": call_product,
+    "product_strided": lambda: call_product(stride=3),
+    "product_one_round": lambda: call_product(rounds=1),
+    "crowded": call_crowded,
+}

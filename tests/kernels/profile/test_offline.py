@@ -1,0 +1,142 @@
+"""Compilation for a GPU that is not there: types, constants and attributes of a launch, and what the code shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from palimpsest.kernels.op import Cost
+from palimpsest.kernels.profile import sass
+from palimpsest.kernels.profile.gpus import GPUS, MULTIPROCESSORS, find_gpu, occupancy
+
+HERE = Path(__file__).parent
+
+SCRIPT = """
+import json, sample
+from dataclasses import asdict
+from palimpsest.kernels.launch import planning
+from palimpsest.kernels.profile.offline import compile_job, specialise_launch
+
+found = {}
+for name, plan in sample.PLANS.items():
+    with planning() as launches:
+        plan()
+    for arch in (80, 90, 100) if name == "product_bf16" else (90,):
+        job = specialise_launch(launches[0], arch)
+        found[f"{name}/{arch}"] = asdict(job), asdict(compile_job(job))
+print(json.dumps(found))
+"""
+
+
+def outside(script: str, cache: Path) -> str:
+    """Run a script in a process whose kernels are not interpreted; what it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(HERE), "PALIMPSEST_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The sample kernels' jobs and facts, by plan and architecture; compiled, and then found in the cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    first, second = (json.loads(outside(SCRIPT, cache)) for _ in range(2))
+    assert first == second, "what the cache holds is what was compiled, to the time it took"
+    return first
+
+
+def test_arguments_become_types_constants_and_attributes(compiled: dict) -> None:
+    job = compiled["product_bf16/90"][0]
+    kinds = dict(job["signature"])
+    assert kinds["x"] == "*bf16" and kinds["o"] == "*fp32" and kinds["scale"] == "fp32"
+    names = [name for name, _ in job["signature"]]
+    attributes = {names[i]: what for i, what in job["attributes"]}
+    assert attributes["x"] == attributes["rounds"] == "D", "aligned pointers, and 16 rounds"
+    assert kinds["T"] == "i32" and "T" not in attributes, "not specialised, though 1000 is a multiple of 8 only"
+    assert kinds["stride"] == "constexpr", "a stride of 1 is a constant"
+    assert dict(compiled["product_strided/90"][0]["signature"])["stride"] == "i32"
+    assert dict(compiled["product_one_round/90"][0]["signature"])["rounds"] == "constexpr"
+
+
+@pytest.mark.parametrize("arch, kind", [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
+def test_the_matrix_instruction_of_each_architecture_is_seen(compiled: dict, arch: int, kind: str) -> None:
+    facts = compiled[f"product_bf16/{arch}"][1]
+    assert set(facts["matrix"]) == {kind}
+    assert set(facts["loads"]) == {"128"} and facts["spill_loads"] == facts["spill_stores"] == 0
+    assert 0 < facts["registers"] <= 255 and facts["shared"] > 0 and facts["programs"] > 0 and facts["seconds"] > 0
+    assert sum(facts["mix"].values()) == facts["instructions"]
+    assert bool(facts["tensor_memory"]) == (arch == 100)
+
+
+def test_a_run_time_stride_shows_as_narrow_loads(compiled: dict) -> None:
+    loads = compiled["product_strided/90"][1]["loads"]
+    assert loads["16"] > loads["128"]
+
+
+def test_spills_are_seen(compiled: dict) -> None:
+    facts = compiled["crowded/90"][1]
+    assert facts["spill_loads"] > 100 and facts["spill_stores"] > 100 and facts["stack"] > 1000
+    assert facts["matrix"] == {} and facts["ffma"] > 0
+
+
+def test_an_interpreting_process_is_refused() -> None:
+    from palimpsest.kernels.profile.offline import specialise
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        specialise(None, None, {}, {}, 90)  # type: ignore[arg-type]
+
+
+LINES = """
+        /*0230*/                   LEA.HI.X.SX32 R93, R4, c[0x0][0x164], 0x1, P2 ;
+        /*0240*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0250*/              @P1  LDG.E.U16.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0260*/                   LDG.E.LTC128B R4, desc[UR4][R2.64] ;
+        /*0270*/                   LDGSTS.E.BYPASS.LTC128B.64 [R4], desc[UR4][R2.64] ;
+        /*0280*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0290*/                   STL.64 [R1+0x8], R4 ;
+        /*02a0*/              @UP0 UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4], tmem[UR6], idesc[UR7], UP0 ;
+        /*02b0*/                   FFMA R1, R2, R3, R4 ;
+        /*02c0*/                   NOP;
+.L_x_1:
+"""
+
+
+def test_instructions_are_read() -> None:
+    code = sass.read(LINES)
+    assert code.instructions == 9
+    assert code.loads == {"128": 1, "16": 1, "32": 1, "64": 1, "bulk": 1}
+    assert code.matrix == {"UTCHMMA": 1} and code.spill_stores == 1 and code.spill_loads == 0 and code.ffma == 1
+    assert code.mix["integer and address"] == 1 and code.mix["global load"] == 5
+
+
+@pytest.mark.parametrize(
+    "arch, given, wanted",
+    [
+        (90, {"warps": 4, "registers": 255, "shared": 0}, (2, "registers")),
+        (90, {"warps": 4, "registers": 128, "shared": 0}, (4, "registers")),
+        (90, {"warps": 8, "registers": 32, "shared": 0}, (8, "registers")),
+        (90, {"warps": 1, "registers": 16, "shared": 0}, (32, "blocks")),
+        (90, {"warps": 4, "registers": 64, "shared": 113 * 1024}, (2, "shared memory")),
+        (90, {"warps": 4, "registers": 64, "shared": 227 * 1024}, (1, "shared memory")),
+        (90, {"warps": 4, "registers": 64, "shared": 227 * 1024 + 1}, (0, "shared memory")),
+        (80, {"warps": 4, "registers": 64, "shared": 163 * 1024 + 1}, (0, "shared memory")),
+        (89, {"warps": 16, "registers": 40, "shared": 0}, (3, "registers")),
+        (100, {"warps": 4, "registers": 64, "shared": 0, "tensor_memory": 256}, (2, "tensor memory")),
+    ],
+)
+def test_occupancy(arch: int, given: dict, wanted: tuple) -> None:
+    """By hand, from the programming guide: registers go to a warp in 256s, 1 KiB of a block is the system's."""
+    assert occupancy(arch, **given) == wanted
+
+
+def test_floor_of_a_gpu() -> None:
+    gpu = find_gpu("NVIDIA H200")
+    assert gpu is GPUS["H200"] and gpu.arch in MULTIPROCESSORS
+    assert gpu.floor(Cost(int(790e12), 1), 16) == (pytest.approx(1.0), "compute")
+    assert gpu.floor(Cost(1, int(4.3e12)), 16) == (pytest.approx(1.0), "memory")
+    with pytest.raises(ValueError, match="gpu was 'GTX 1080'"):
+        find_gpu("GTX 1080")
