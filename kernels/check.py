@@ -57,3 +57,8 @@ def sequence_borders(cu_seqlens: Tensor | None, batch: int, length: int, where: 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of accumulations and states: float64 for float64 input (exact checks), float32 for all else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def no_float64(name: str, tensor: Tensor) -> tuple[str, object, str] | None:
+    """Why the Triton kernels do not cover a tensor, for :meth:`palimpsest.kernels.op.Operation.choose`."""
+    return (f"{name}.dtype", "float64", "be float32 or narrower") if tensor.dtype == torch.float64 else None

@@ -7,12 +7,14 @@ from torch import Tensor
 from .. import check
 from ..op import register
 from ..packing import tail
-from . import chunked, reference
+from . import chunked, fused, reference
 from .cost import cost
 
 __all__ = ["short_conv"]
 
-OPERATION = register("short_conv", cost=cost, reference=reference.short_conv, torch=chunked.short_conv)
+OPERATION = register(
+    "short_conv", cost=cost, reference=reference.short_conv, torch=chunked.short_conv, triton=fused.short_conv
+)
 
 
 def short_conv(
@@ -39,7 +41,7 @@ def short_conv(
             documents. None: all fresh.
         cu_seqlens: int32 [N + 1], borders of documents packed into one row (B = 1), which never see each other.
         return_state: also return the state after the last token.
-        backend: "reference" or "torch"; None: see :func:`palimpsest.kernels.backend.resolve`.
+        backend: "reference", "torch" or "triton" (not float64); None: see :func:`palimpsest.kernels.backend.resolve`.
 
     Returns: y [B, T, C] and the state, or None.
 
@@ -48,7 +50,9 @@ def short_conv(
     """
     _check(x, weight, bias, activation, state, cu_seqlens)
     past = None if state is None else state["x"]
-    y = OPERATION.choose(x.device, backend)(x, weight, bias, past, cu_seqlens, activation == "silu")
+    y = OPERATION.choose(x.device, backend, check.no_float64("x", x))(
+        x, weight, bias, past, cu_seqlens, activation == "silu"
+    )
     if not return_state:
         return y, None
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1

@@ -45,3 +45,18 @@ for name, options in {
             cost=costs,
         )
     )
+
+register_case(
+    OperationCase(
+        name="short_conv/triton",
+        operation="short_conv",
+        call=short_conv,
+        make=partial(make, width=3, bias=True, activation="silu"),
+        tokens=("x",),
+        state=True,
+        packed=True,
+        block=4,
+        cost=costs,
+        backends=("triton",),
+    )
+)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import EXACT, Draw, assert_close, assert_same
+from harness import EXACT, SINGLE, Draw, assert_close, assert_same
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from triton_checks import check_configurations
 
 from palimpsest.kernels import short_conv
+from palimpsest.kernels.short_conv import forward as launching
 from palimpsest.kernels.short_conv.cost import cost
 
 
@@ -63,6 +65,51 @@ def test_weights_keep_their_own_dtype() -> None:
     y, _ = short_conv(x.bfloat16(), weight, bias)
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+
+
+def test_every_configuration_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything on, for documents that end in and at spans, and channels that do not fill a block."""
+    monkeypatch.setattr(launching, "SPAN", 32)
+
+    def call() -> None:
+        x, weight, bias = (t.float().requires_grad_() for t in draw(1, 20, 70, 3))
+        state = {"x": torch.empty(1, 2, 70, requires_grad=True)}
+        borders = torch.tensor([0, 20], dtype=torch.int32)
+        options = {"activation": "silu", "state": state, "cu_seqlens": borders, "backend": "triton"}
+        short_conv(x, weight, bias, **options)[0].sum().backward()
+
+    check_configurations(call)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_kernels_of_other_widths(width: int) -> None:
+    """Without activation and bias, and of width 1, whose state is empty."""
+    x, weight, _ = (t.float() for t in draw(width=width))
+    state = {"x": Draw(1, torch.float32).normal(2, width - 1, 6)}
+
+    def run(backend: str, kind: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(kind).requires_grad_() for t in (x, weight, state["x"])]
+        y, _ = short_conv(*leaves[:2], state={"x": leaves[2]}, backend=backend)
+        gradients = torch.autograd.grad((y * Draw(2, kind).normal(*y.shape)).sum(), leaves)
+        return [y.detach(), *gradients]
+
+    assert_close(run("triton", torch.float32), run("reference", torch.float64), SINGLE, f"width {width}")
+
+
+def test_a_part_of_wider_rows_is_read_in_place() -> None:
+    """Channels of a fused projection, batch and all; rows cut along time are copied."""
+    x, weight, _ = (t.float() for t in draw(2, 9, 18))
+    for part in (x[..., 5:11], x[:, 2:, 5:11]):
+        found, wanted = (short_conv(y, weight[:6], backend="triton")[0] for y in (part, part.contiguous()))
+        assert_same([found], [wanted], "strided")
+
+
+def test_float64_is_refused_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = draw()
+    with pytest.raises(ValueError, match=r"^x.dtype was float64; it must be float32 or narrower for backend 'triton'"):
+        short_conv(x, weight, backend="triton")
+    monkeypatch.setenv("PALIMPSEST_BACKEND", "triton")
+    assert_same([short_conv(x, weight)[0]], [short_conv(x, weight, backend="torch")[0]], "float64 runs plain torch")
 
 
 @pytest.mark.parametrize(
