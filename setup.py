@@ -62,7 +62,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=packages(),
     package_dir={f"palimpsest.{room}": room for room in ROOMS},
-    package_data={"palimpsest.configs": ["*.yaml", "**/*.yaml"]},
+    package_data={"palimpsest.configs": ["*.yaml", "**/*.yaml"], "palimpsest.kernels": ["profile/*.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

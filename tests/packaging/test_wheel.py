@@ -79,7 +79,7 @@ def test_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
         f"palimpsest/{path.relative_to(ROOT).as_posix()}"
         for room in ROOMS
         for path in (ROOT / room).rglob("*")
-        if path.suffix in {".py", ".yaml"}
+        if path.suffix in {".py", ".yaml", ".json"}
     }
     assert names == expected
     assert "palimpsest/configs/quickstart.yaml" in names

@@ -24,7 +24,7 @@ def product(x, y, o, T, rounds, scale, D: tl.constexpr, STRIDED: tl.constexpr, s
 
 @triton.jit
 def crowded(x, o, rounds, N: tl.constexpr):
-    """Keeps two tiles of N numbers over a loop: for N = 8192 and one warp 512 registers a thread; it has 255."""
+    """Keeps two tiles of N numbers over a loop: for N = 4096 and one warp 256 registers a thread; it has 255."""
     i = tl.arange(0, N)
     tile = tl.load(x + i)
     total = tile
@@ -51,8 +51,8 @@ def call_product(dtype: torch.dtype = torch.bfloat16, tokens: int = 1000, rounds
 
 def call_crowded() -> None:
     """Launch ``crowded``."""
-    x = torch.empty(8192)
-    CROWDED(lambda every: (1,), {"x": x, "o": torch.empty_like(x), "rounds": 3}, {"N": 8192})
+    x = torch.empty(4096)
+    CROWDED(lambda every: (1,), {"x": x, "o": torch.empty_like(x), "rounds": 3}, {"N": 4096})
 
 
 PLANS = {

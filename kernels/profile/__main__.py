@@ -1,0 +1,33 @@
+"""python -m palimpsest.kernels.profile COMMAND: what the kernels cost, with a GPU and without.
+
+budgets   compile every kernel for GPUs that need not be there, and compare with what each may use
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import budgets
+
+COMMANDS = {"budgets": budgets}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m palimpsest.kernels.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        own = commands.add_parser(
+            name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(own)
+    args = parser.parse_args(words)
+    return COMMANDS[args.command].main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""All that the operations launch in their plans, and its compilation on several processes.
+
+Each operation's folder has a ``plans.py`` with ``PLANS: dict[str, Callable[[], None]]``: calls of the documented
+shapes, which together reach every kernel. A plan is named ``operation/plan``.
+"""
+
+import importlib
+import importlib.util
+import multiprocessing
+import pkgutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ..launch import Launch, planning
+from .offline import ARCHES, Facts, Job, compile_job, specialise_launch
+
+PACKAGE = __package__.rpartition(".")[0]
+
+
+def discover(modules: Collection[str] = ()) -> dict[str, Callable[[], None]]:
+    """The plans of every operation, or of these modules alone, by ``operation/plan``."""
+    if not modules:
+        folders = importlib.import_module(PACKAGE).__path__
+        names = [f"{PACKAGE}.{found.name}.plans" for found in pkgutil.iter_modules(folders) if found.ispkg]
+        modules = [name for name in names if name != __name__ and importlib.util.find_spec(name) is not None]
+    found = {}
+    for module in modules:
+        owner = module.removesuffix(".plans").rpartition(".")[2]
+        found.update({f"{owner}/{name}": plan for name, plan in importlib.import_module(module).PLANS.items()})
+    return found
+
+
+def launches_of(plan: Callable[[], None]) -> list[Launch]:
+    """What a plan launches, in order; nothing runs."""
+    with planning() as launches:
+        plan()
+    return list(launches)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compilation of a table: a plan's kernel (``name#2`` for its second specialisation) and what is compiled."""
+
+    plan: str
+    kernel: str
+    preferred: bool
+    job: Job
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Plan, kernel, configuration, architecture."""
+        return self.plan, self.kernel, self.job.configuration, f"sm_{self.job.arch}"
+
+
+def entries_of(plan: str, launches: Sequence[Launch], arches: Sequence[int] = ARCHES) -> Iterator[Entry]:
+    """Every kernel of a plan with every configuration, for every architecture; a specialisation counts once."""
+    for arch in arches:
+        seen: dict[str, list[Job]] = {}
+        for launch in launches:
+            configs = launch.kernel.configs(launch.constants)
+            jobs = [specialise_launch(launch, arch, config) for config in configs]
+            same = seen.setdefault(launch.kernel.name, [])
+            if jobs[0] in same:
+                continue
+            same.append(jobs[0])
+            name = launch.kernel.name + (f"#{len(same)}" if len(same) > 1 else "")
+            for i, job in enumerate(jobs):
+                yield Entry(plan, name, i == 0, job)
+
+
+def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARCHES) -> list[Entry]:
+    """The table of all plans."""
+    with torch.enable_grad():
+        return [entry for name, plan in plans.items() for entry in entries_of(name, launches_of(plan), arches)]
+
+
+def quick(entries: Sequence[Entry]) -> list[Entry]:
+    """A part that is cheap to compile: preferred configurations, of every plan for Hopper, of one plan for the others.
+
+    For the other architectures it is the first plan that reaches a kernel.
+    """
+    chosen, reached = [], set()
+    for entry in entries:
+        if not entry.preferred:
+            continue
+        again = (entry.job.kernel, entry.job.arch) in reached
+        reached.add((entry.job.kernel, entry.job.arch))
+        if entry.job.arch == 90 or not again:
+            chosen.append(entry)
+    return chosen
+
+
+def compile_all(jobs: Collection[Job], workers: int = 1) -> dict[Job, Facts]:
+    """Compile each job once, on several processes; in this one for ``workers`` = 1."""
+    distinct = list(dict.fromkeys(jobs))
+    if workers == 1 or len(distinct) < 2:
+        return {job: compile_job(job) for job in distinct}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(distinct)), mp_context=context) as pool:
+        return dict(zip(distinct, pool.map(compile_job, distinct), strict=True))
