@@ -17,7 +17,13 @@ from .cost import cost
 
 __all__ = ["linear_attention"]
 
-OPERATION = register("linear_attention", cost=cost, reference=reference.linear_memory, torch=operator.linear_memory)
+OPERATION = register(
+    "linear_attention",
+    cost=cost,
+    reference=reference.linear_memory,
+    torch=operator.linear_memory,
+    triton=operator.linear_memory_triton,
+)
 
 
 def linear_attention(
@@ -46,7 +52,8 @@ def linear_attention(
         cu_seqlens: int32 [N + 1] borders of packed sequences, B = 1, which never see each other.
         return_state: also return the state after the last token.
         chunk_size: tokens computed at once; it changes the speed, and the result by rounding alone.
-        backend: "reference" or "torch"; see :func:`palimpsest.kernels.backend.resolve`.
+        backend: "reference", "torch" or "triton" (D from 16 to 128 and D_v from 16 to 256, powers of 2; ``chunk_size``
+            16, 32 or 64; not float64); None: see :func:`palimpsest.kernels.backend.resolve`.
 
     Returns:
         o [B, T, H, D_v] in v's dtype, and the state or None. Products accumulate in float32 at least.
@@ -55,5 +62,5 @@ def linear_attention(
         ValueError: for a wrong shape, dtype or device, naming the argument.
     """
     check_arguments(q, k, v, {"log_decay": log_decay}, scale, state, cu_seqlens, chunk_size)
-    run = OPERATION.choose(q.device, backend)
+    run = OPERATION.choose(q.device, backend, operator.unfit(q, v, chunk_size))
     return call(run, q, k, v, None, log_decay, scale, state, cu_seqlens, chunk_size, return_state)

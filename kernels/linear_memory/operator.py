@@ -2,7 +2,10 @@
 
 Memory: the forward keeps the state before every chunk (D·D_v / C numbers a token and head: as much as v for D = C),
 the errors (as much as v) and the inverses (C), beside its inputs; the backward holds the states' gradients too.
+The Triton kernels, which are imported when they first run, keep the same in the dtype of q.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,14 +18,19 @@ from .cost import matmul_flops
 from .slots import Layout, slot_count
 
 
-def kept_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, delta: bool) -> list[tuple[int, ...]]:
-    """Shapes of what the forward keeps: N, the states before each chunk, and the errors, by slot and head."""
+def kept_like(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, delta: bool, keep: bool, triton: bool
+) -> list[Tensor]:
+    """What the forward keeps, uninitialised: N, the states before each chunk, and the errors; empty where not kept."""
     batch, length, heads, width = q.shape
-    packed = cu_seqlens is not None
+    kind = q.dtype if triton else compute_dtype(q)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = slot_count(batch, length, chunk, rows, packed) * heads
-    states = (slots, width, v.shape[3])
-    return [(slots, chunk, chunk), states, (slots, chunk, v.shape[3])] if delta else [(0,), states, (0,)]
+    slots = slot_count(batch, length, chunk, rows, cu_seqlens is not None) * heads
+    empty: tuple[int, ...] = (0,)
+    inverse = (slots, chunk, chunk) if delta and keep else empty
+    states = (slots, width, v.shape[3]) if keep else empty
+    errors = (tuple(v.shape) if triton else (slots, chunk, v.shape[3])) if delta and keep else empty
+    return [q.new_empty(shape, dtype=kind) for shape in (inverse, states, errors)]
 
 
 def _lay(
@@ -55,31 +63,33 @@ def linear_memory_op(
     scale: float,
     chunk: int,
     keep: bool,
-) -> list[Tensor]:
-    """[o, final memory] and with ``keep`` what the backward wants: N, states, errors (empty where there is none)."""
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the final memory, and with ``keep`` what the backward wants: N, states, errors (empty where there is none)."""
     kind, heads = compute_dtype(q), q.shape[2]
+    if triton:
+        from .forward import forward
+
+        o, final, *held = forward(q, k, v, beta, log_decay, state, cu_seqlens, scale, chunk)
+        inverse, states, errors = (x if keep and x is not None else absent(q) for x in held)
+        return o, final, inverse, states, errors
     layout, c = _lay(q, k, v, beta, log_decay, cu_seqlens, scale, chunk)
     if state is None:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = q.new_zeros(rows, heads, q.shape[3], v.shape[3], dtype=kind)
     out, memory, kept = chunked.forward(c, layout.open(state), layout)
-    result = [layout.restore(out, v.dtype), layout.close(memory, heads)]
-    if not keep:
-        return result + [absent(state) for _ in range(3)]
-    inverse, errors = kept.inverse, kept.errors
-    if inverse is None:
-        return [*result, absent(state), kept.states.flatten(0, 1), absent(state)]
-    return [*result, *(x.flatten(0, 1) for x in (inverse, kept.states, errors))]
+    of_chunks = (kept.inverse, kept.states, None if beta is None else kept.errors)
+    inverse, states, errors = (x.flatten(0, 1) if keep and x is not None else absent(memory) for x in of_chunks)
+    return layout.restore(out, v.dtype), layout.close(memory, heads), inverse, states, errors
 
 
 @linear_memory_op.register_fake
-def _(q, k, v, beta, log_decay, state, cu_seqlens, scale, chunk, keep):
+def _(q, k, v, beta, log_decay, state, cu_seqlens, scale, chunk, keep, triton):
     kind = compute_dtype(q)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = q.new_empty((rows, q.shape[2], q.shape[3], v.shape[3]), dtype=kind)
-    shapes = kept_shapes(q, v, cu_seqlens, chunk, beta is not None) if keep else [(0,)] * 3
-    kept = [q.new_empty(shape, dtype=kind) for shape in shapes]
-    return [torch.empty_like(v, memory_format=torch.contiguous_format), final, *kept]
+    kept = kept_like(q, v, cu_seqlens, chunk, beta is not None, keep, triton)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), final, *kept
 
 
 @operator("linear_memory_backward")
@@ -98,8 +108,15 @@ def linear_memory_backward_op(
     errors: Tensor,
     scale: float,
     chunk: int,
+    triton: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v, beta, log_decay and state; empty for those that were None."""
+    if triton:
+        from .backward import backward
+
+        held = [None if beta is None else x for x in (inverse, errors)]
+        inputs = (q, k, v, beta, log_decay, state, cu_seqlens, held[0], states, held[1])
+        return [absent(q) if x is None else x for x in backward(grad_o, grad_final, *inputs, scale, chunk)]
     layout, c = _lay(q, k, v, beta, log_decay, cu_seqlens, scale, chunk)
     of_chunks = (layout.count, -1)
     kept = chunked.Kept(
@@ -114,7 +131,7 @@ def linear_memory_backward_op(
 
 
 @linear_memory_backward_op.register_fake
-def _(grad_o, grad_final, q, k, v, beta, log_decay, state, cu_seqlens, inverse, states, errors, scale, chunk):
+def _(grad_o, grad_final, q, k, v, beta, log_decay, state, cu_seqlens, inverse, states, errors, scale, chunk, triton):
     return [
         absent(q) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, beta, log_decay, state)
@@ -122,7 +139,7 @@ def _(grad_o, grad_final, q, k, v, beta, log_decay, state, cu_seqlens, inverse, 
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.chunk, _ = inputs
+    *tensors, ctx.scale, ctx.chunk, _, ctx.triton = inputs
     kept = output[2:]
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # zeros for every kept tensor would double them
@@ -130,14 +147,14 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *kept)
 
 
-def _differentiate(ctx, grads):
+def _differentiate(ctx, d_o, d_final, *_):
     saved = ctx.saved_tensors  # asked for once: activation checkpointing hands out each tensor a single time
     inputs, kept = saved[:7], saved[7:]
     shape, kind = ctx.final
-    d_o = torch.zeros_like(inputs[2]) if grads[0] is None else grads[0]
-    d_final = d_o.new_zeros(shape, dtype=kind) if grads[1] is None else grads[1]
-    found = linear_memory_backward_op(d_o, d_final, *inputs, *kept, ctx.scale, ctx.chunk)
-    return (*present(found, inputs[:6]), None, None, None, None)
+    d_o = torch.zeros_like(inputs[2]) if d_o is None else d_o
+    d_final = d_o.new_zeros(shape, dtype=kind) if d_final is None else d_final
+    found = linear_memory_backward_op(d_o, d_final, *inputs, *kept, ctx.scale, ctx.chunk, ctx.triton)
+    return (*present(found, inputs[:6]), None, None, None, None, None)
 
 
 linear_memory_op.register_autograd(_differentiate, setup_context=_setup)
@@ -149,15 +166,17 @@ def _flops(q, v, beta, chunk) -> int:
 
 flop_formula(
     torch.ops.palimpsest.linear_memory,
-    lambda q, k, v, beta, log_decay, state, cu, scale, chunk, keep, out_shape=None: _flops(q, v, beta, chunk),
+    lambda q, k, v, beta, log_decay, state, cu, scale, chunk, *_, out_shape=None: _flops(q, v, beta, chunk),
 )
 flop_formula(
     torch.ops.palimpsest.linear_memory_backward,
-    lambda go, gf, q, k, v, beta, g, state, cu, n, s, e, scale, chunk, out_shape=None: 2 * _flops(q, v, beta, chunk),
+    lambda go, gf, q, k, v, beta, g, state, cu, n, s, e, scale, chunk, *_, out_shape=None: (
+        2 * _flops(q, v, beta, chunk)
+    ),
 )
 
 
-def linear_memory(
+def _call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -167,9 +186,25 @@ def linear_memory(
     cu_seqlens: Tensor | None,
     scale: float,
     chunk: int,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o and the final memory by the chunked torch path."""
     inputs = (q, k, v, beta, log_decay, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out = linear_memory_op(*inputs, cu_seqlens, scale, min(chunk, q.shape[1]), keep)
+    out = linear_memory_op(*inputs, cu_seqlens, scale, chunk if triton else min(chunk, q.shape[1]), keep, triton)
     return out[0], out[1]
+
+
+#: o and the final memory, by the chunked torch path and by the Triton kernels.
+linear_memory = partial(_call, triton=False)
+linear_memory_triton = partial(_call, triton=True)
+
+
+def unfit(q: Tensor, v: Tensor, chunk: int) -> tuple[str, object, str] | None:
+    """Why the Triton kernels do not cover a call, as :meth:`palimpsest.kernels.op.Operation.choose` takes it."""
+    if q.dtype == torch.float64:
+        return "q.dtype", "float64", "be float32 or narrower"
+    for name, x, most in (("q", q, 128), ("v", v, 256)):
+        width = x.shape[3]
+        if width & (width - 1) or not 16 <= width <= most:
+            return f"{name}.shape[3]", width, f"be a power of 2 from 16 to {most}"
+    return None if chunk in (16, 32, 64) else ("chunk_size", chunk, "be 16, 32 or 64")
