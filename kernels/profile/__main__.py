@@ -1,5 +1,6 @@
 """python -m palimpsest.kernels.profile COMMAND: what the kernels cost, with a GPU and without.
 
+report    costs, floors and compiled kernels of every operation; no GPU needed
 budgets   compile every kernel for GPUs that need not be there, and compare with what each may use
 """
 
@@ -7,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import budgets
+from . import budgets, report
 
-COMMANDS = {"budgets": budgets}
+COMMANDS = {"report": report, "budgets": budgets}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -1,0 +1,356 @@
+"""What is reported and timed: each operation at the shapes it is documented with, and at small ones for a CPU.
+
+A workload draws its arguments, calls the operation's public function with a backend, and knows the cost of forward and
+backward. Sizes are named by letters: B rows, T tokens, H heads, D width of a head, G heads of keys and values, C
+channels, K width of a convolution, V vocabulary, W window, P prefix.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .. import (
+    MemorySpec,
+    delta_rule,
+    l2_norm,
+    linear_attention,
+    linear_cross_entropy,
+    neural_memory,
+    rms_norm,
+    short_conv,
+    window_attention,
+)
+from ..op import OPERATIONS, Cost
+
+Sizes = Mapping[str, int]
+Build = Callable[["Draw", Sizes], dict[str, Any]]
+BITS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
+
+
+class Draw:
+    """Random tensors of a dtype on a device; for ``empty`` uninitialised ones, and zeros for integers."""
+
+    def __init__(self, dtype: torch.dtype, device: str = "cpu", *, seed: int = 0, empty: bool = False) -> None:
+        self.dtype, self.device, self.empty = dtype, device, empty
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers of standard deviation ``scale``."""
+        if self.empty:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return (scale * torch.randn(shape, generator=self.generator, device=self.device)).to(self.dtype)
+
+    def unit(self, *shape: int) -> Tensor:
+        """Vectors of length 1 along the last dimension."""
+        return self.normal(*shape) if self.empty else normalize(self.normal(*shape).float(), dim=-1).to(self.dtype)
+
+    def gate(self, low: float, high: float, *shape: int) -> Tensor:
+        """Uniform numbers between two bounds, in float32 (float64 for float64)."""
+        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.empty:
+            return torch.empty(shape, dtype=kind, device=self.device)
+        return (low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)).to(kind)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers in 0 .. high - 1."""
+        if self.empty:
+            return torch.zeros(shape, dtype=torch.int64, device=self.device)
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One way of calling one operation.
+
+    ``build(draw, sizes)`` gives the keyword arguments of ``function``; ``cost(sizes, itemsize)`` the costs of forward
+    and backward. ``sizes`` are the documented ones, ``small`` those for a CPU, ``check`` those at which results are
+    compared with the token-by-token reference. ``exact``: distance from it that rounding in float32 may cause.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    build: Build
+    cost: Callable[[Sizes, int], tuple[Cost, Cost]]
+    sizes: Sizes
+    small: Sizes
+    check: Sizes
+    options: Mapping[str, Any] = field(default_factory=dict)
+    exact: float = 1e-5
+
+    @property
+    def operation(self) -> str:
+        """The registered operation."""
+        return self.name.partition("/")[0]
+
+    def arguments(self, draw: Draw, sizes: Sizes) -> dict[str, Any]:
+        """Keyword arguments, tensors only drawn, of sizes."""
+        return {**self.build(draw, sizes), **self.options}
+
+    def run(self, arguments: Mapping[str, Any], backend: str | None) -> Tensor:
+        """The output alone."""
+        result = self.function(**arguments, backend=backend)
+        return result[0] if isinstance(result, tuple) else result
+
+
+def leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, their floating tensors wanting gradients."""
+    return tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), dict(arguments))
+
+
+def floats(arguments: Any) -> list[Tensor]:
+    """The floating tensors of nested arguments."""
+    return [x for x in tree_flatten(arguments)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def moved(arguments: Mapping[str, Any], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The arguments on a device; floating tensors in ``dtype``, gates not below float32."""
+
+    def move(x: Tensor, gate: bool) -> Tensor:
+        kind = torch.promote_types(dtype, torch.float32) if gate else dtype
+        return x.to(device, kind if x.is_floating_point() else x.dtype)
+
+    return {name: tree_map_only(Tensor, partial(move, gate=name in GATES), value) for name, value in arguments.items()}
+
+
+GATES = {"step", "log_retain", "log_momentum", "beta", "log_decay"}
+
+
+def _memory(draw: Draw, sizes: Sizes, spec: MemorySpec) -> dict[str, Any]:
+    """Gates as a layer of models/ gives them at its start, so that the recurrence is stable at every length."""
+    b, t, h, d = (sizes[name] for name in "BTHD")
+    shapes = spec.weight_shapes(h, d, d)
+    size = 0.1 / (spec.chunk_size * len(shapes))
+    spread = [1.0 if spec.norm else (4 / s[2] if len(shapes) > 1 else 1 / d) ** 0.5 for s in shapes]
+    return {
+        "q": draw.unit(b, t, h, d),
+        "k": draw.unit(b, t, h, d),
+        "v": draw.normal(b, t, h, d),
+        "step": draw.gate(0.5 * size, size, b, t, h),
+        "log_retain": draw.gate(-1e-3, -1e-4, b, t, h) if spec.retention == "l2" else None,
+        "log_momentum": draw.gate(-0.3, -0.1, b, t, h) if spec.has_momentum else None,
+        "weights": [draw.normal(*shape, scale=s) for shape, s in zip(shapes, spread, strict=True)],
+        "norm": draw.normal(h, d) if spec.norm else None,
+    }
+
+
+def _memory_cost(sizes: Sizes, itemsize: int, spec: MemorySpec) -> tuple[Cost, Cost]:
+    b, t, h, d = (sizes[name] for name in "BTHD")
+    of = partial(OPERATIONS["neural_memory"].cost, b, t, h, d, d, spec, itemsize=itemsize)
+    return of(), of(backward=True)
+
+
+def _linear(draw: Draw, sizes: Sizes, delta: bool) -> dict[str, Any]:
+    b, t, h, d = (sizes[name] for name in "BTHD")
+    tokens = {"q": draw.unit(b, t, h, d), "k": draw.unit(b, t, h, d), "v": draw.normal(b, t, h, d)}
+    gates = {"beta": draw.gate(0.1, 1.0, b, t, h)} if delta else {}
+    return {**tokens, **gates, "log_decay": draw.gate(-0.1, -0.001, b, t, h)}
+
+
+def _linear_cost(sizes: Sizes, itemsize: int, operation: str) -> tuple[Cost, Cost]:
+    b, t, h, d = (sizes[name] for name in "BTHD")
+    of = partial(OPERATIONS[operation].cost, b, t, h, d, d, itemsize=itemsize)
+    return of(), of(backward=True)
+
+
+def _attention(draw: Draw, sizes: Sizes) -> dict[str, Any]:
+    b, t, h, g, d, p = (sizes[name] for name in "BTHGDP")
+    prefix = (draw.normal(p, g, d), draw.normal(p, g, d)) if p else None
+    k, v = draw.normal(b, t, g, d), draw.normal(b, t, g, d)
+    return {"q": draw.normal(b, t, h, d), "k": k, "v": v, "prefix": prefix, "window": sizes["W"] or None}
+
+
+def _attention_cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
+    b, t, h, g, d = (sizes[name] for name in "BTHGD")
+    of = partial(OPERATIONS["window_attention"].cost, (b, t, h, d), (b, t, g, d), itemsize=itemsize)
+    of = partial(of, window=sizes["W"] or None, prefix=sizes["P"])
+    return of(), of(backward=True)
+
+
+def _loss(draw: Draw, sizes: Sizes) -> dict[str, Any]:
+    b, t, d, v = (sizes[name] for name in "BTDV")
+    return {"x": draw.normal(b, t, d), "weight": draw.normal(v, d, scale=d**-0.5), "target": draw.integers(v, b, t)}
+
+
+def _convolution(draw: Draw, sizes: Sizes) -> dict[str, Any]:
+    b, t, c, k = (sizes[name] for name in "BTCK")
+    return {"x": draw.normal(b, t, c), "weight": draw.normal(c, k, scale=k**-0.5)}
+
+
+def _rows(draw: Draw, sizes: Sizes, names: tuple[str, ...]) -> dict[str, Any]:
+    shape = [sizes[name] for name in "BTHD" if name in sizes]
+    made = {"x": draw.normal(*shape), "gate": draw.normal(*shape), "weight": draw.normal(shape[-1])}
+    return {name: made[name] for name in names}
+
+
+def _shaped_cost(
+    sizes: Sizes, itemsize: int, operation: str, shapes: tuple[str, ...], **given: Any
+) -> tuple[Cost, Cost]:
+    """Costs of an operation that takes the shapes of its tensors."""
+    every = [tuple(sizes[name] for name in letters if name in sizes) for letters in shapes]
+    of = partial(OPERATIONS[operation].cost, *every, itemsize=itemsize, **given)
+    return of(), of(backward=True)
+
+
+HEADS: Sizes = {"B": 8, "T": 4096, "H": 16, "D": 64}
+FEW: Sizes = {"B": 1, "T": 512, "H": 4, "D": 64}
+TINY: Sizes = {"B": 2, "T": 147, "H": 2, "D": 64}
+
+
+def _memories() -> list[Workload]:
+    specs = {
+        "mlp_f256_c64": MemorySpec(expansion=4, chunk_size=64),
+        "mlp_f64_c64": MemorySpec(expansion=1, chunk_size=64),
+        "linear_c64": MemorySpec(network="linear", depth=1, norm=False, residual=False, chunk_size=64),
+    }
+    return [
+        Workload(
+            f"neural_memory/{name}",
+            neural_memory,
+            partial(_memory, spec=spec),
+            partial(_memory_cost, spec=spec),
+            HEADS,
+            FEW,
+            TINY,
+            {"spec": spec},
+            exact=1e-4 if spec.norm else 1e-5,  # LayerNorm: 1/std³ once per token in the inner gradient's derivative
+        )
+        for name, spec in specs.items()
+    ]
+
+
+def _made() -> list[Workload]:
+    linear = [
+        Workload(
+            f"{function.__name__}/gated_d{sizes['D']}_c64",
+            function,
+            partial(_linear, delta=function is delta_rule),
+            partial(_linear_cost, operation=function.__name__),
+            sizes,
+            FEW,
+            {**TINY, "D": sizes["D"]},
+        )
+        for function in (delta_rule, linear_attention)
+        for sizes in (HEADS, {"B": 4, "T": 8192, "H": 32, "D": 128})
+    ]
+    window = Workload(
+        "window_attention/w512_p16",
+        window_attention,
+        _attention,
+        _attention_cost,
+        {**HEADS, "G": 4, "W": 512, "P": 16},
+        {**FEW, "G": 4, "W": 128, "P": 16},
+        {**TINY, "G": 1, "W": 48, "P": 16},
+    )
+    causal = replace(
+        window,
+        name="window_attention/causal",
+        sizes={**HEADS, "G": 16, "W": 0, "P": 0},
+        small={**FEW, "G": 4, "W": 0, "P": 0},
+        check={**TINY, "G": 2, "W": 0, "P": 0},
+    )
+    channels = {"B": 8, "T": 4096, "C": 1024, "K": 4}
+    width = {"B": 8, "T": 4096, "D": 1024}
+    return [
+        *_memories(),
+        *linear,
+        window,
+        causal,
+        Workload(
+            "linear_cross_entropy/v128k",
+            linear_cross_entropy,
+            _loss,
+            partial(_shaped_cost, operation="linear_cross_entropy", shapes=("BTD", "VD")),
+            {"B": 8, "T": 4096, "D": 1024, "V": 131072},
+            {"B": 1, "T": 512, "D": 128, "V": 4096},
+            {"B": 2, "T": 50, "D": 64, "V": 500},
+        ),
+        Workload(
+            "short_conv/k4_silu",
+            short_conv,
+            _convolution,
+            partial(_shaped_cost, operation="short_conv", shapes=("BTC", "CK")),
+            channels,
+            {**channels, "B": 1, "T": 512},
+            {**channels, "B": 2, "T": 147, "C": 64},
+            {"activation": "silu"},
+        ),
+        Workload(
+            "rms_norm/d1024",
+            rms_norm,
+            partial(_rows, names=("x", "weight")),
+            partial(_shaped_cost, operation="rms_norm", shapes=("BTD",), weight=True),
+            width,
+            {**width, "B": 1, "T": 512},
+            {"B": 2, "T": 37, "D": 1024},
+        ),
+        Workload(
+            "rms_norm/gated_d64",
+            rms_norm,
+            partial(_rows, names=("x", "weight", "gate")),
+            partial(_shaped_cost, operation="rms_norm", shapes=("BTHD",), weight=True, gate=True),
+            HEADS,
+            FEW,
+            TINY,
+        ),
+        Workload(
+            "l2_norm/d64",
+            l2_norm,
+            partial(_rows, names=("x",)),
+            partial(_shaped_cost, operation="l2_norm", shapes=("BTHD",)),
+            HEADS,
+            FEW,
+            TINY,
+        ),
+    ]
+
+
+WORKLOADS = {workload.name: workload for workload in _made()}
+
+
+def parse_sizes(words: list[str]) -> dict[str, int]:
+    """``T=16k B=2`` as sizes; k is 1024.
+
+    Raises:
+        ValueError: for a word that is not LETTER=NUMBER.
+    """
+    found = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        if len(name) != 1 or not number.removesuffix("k").isdigit():
+            raise ValueError(f"size was {word!r}; it must be a letter, '=' and a number, as in T=16k")
+        found[name] = int(number.removesuffix("k")) * (1024 if number.endswith("k") else 1)
+    return found
+
+
+def parse_sweep(text: str) -> list[dict[str, int]]:
+    """``T=1k..64k`` as the sizes T = 1024, 2048, … 65536; ``T=1k,3k`` as those two."""
+    name, _, rest = text.partition("=")
+    if ".." not in rest:
+        return [parse_sizes([f"{name}={number}"]) for number in rest.split(",")]
+    low, high = (parse_sizes([f"{name}={number}"])[name] for number in rest.split("..", 1))
+    if not 0 < low <= high:
+        raise ValueError(f"sweep was {text!r}; it must go up, as in T=1k..64k")
+    return [{name: low << i} for i in range((high // low).bit_length())]
+
+
+def selected(only: list[str]) -> list[Workload]:
+    """The workloads whose name holds one of these texts; all for none.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    found = [w for w in WORKLOADS.values() if not only or any(text in w.name for text in only)]
+    if not found:
+        raise ValueError(f"workloads were {only}; they must match some of {sorted(WORKLOADS)}")
+    return found
+
+
+def written(sizes: Sizes) -> str:
+    """``B8 T4096 H16 D64``."""
+    return " ".join(f"{name}{number}" for name, number in sizes.items())
