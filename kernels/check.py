@@ -16,23 +16,30 @@ def require(condition: bool, name: str, was: object, must: str) -> None:
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None], layout: str) -> None:
     """Check a shape; ``None`` in ``expected`` leaves that size free; ``layout`` is as documented, ``[B, T, H, D]``."""
-    require(isinstance(tensor, Tensor), name, type(tensor).__name__, f"be a tensor {layout}")
-    fits = tensor.dim() == len(expected) and all(
-        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
-    )
+    if not isinstance(tensor, Tensor):
+        require(False, name, type(tensor).__name__, f"be a tensor {layout}")
+    found = tensor.shape
+    fits = len(found) == len(expected)
+    for have, want in zip(found, expected, strict=False):
+        fits = fits and (want is None or have == want)
+    if fits:  # words cost more than the check, and are wanted seldom
+        return
     sizes = ", ".join("any" if want is None else str(want) for want in expected)
-    require(fits, f"{name}.shape", tuple(tensor.shape), f"be {layout} = [{sizes}]")
+    require(False, f"{name}.shape", tuple(tensor.shape), f"be {layout} = [{sizes}]")
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
     """Check a dtype."""
+    if tensor.dtype in allowed:
+        return
     names = " or ".join(str(kind).removeprefix("torch.") for kind in allowed)
-    require(tensor.dtype in allowed, f"{name}.dtype", str(tensor.dtype).removeprefix("torch."), f"be {names}")
+    require(False, f"{name}.dtype", str(tensor.dtype).removeprefix("torch."), f"be {names}")
 
 
 def device(name: str, tensor: Tensor, expected: torch.device) -> None:
     """Check that a tensor lies where the others lie."""
-    require(tensor.device == expected, f"{name}.device", tensor.device, f"be {expected}, like the other arguments")
+    if tensor.device != expected:
+        require(False, f"{name}.device", tensor.device, f"be {expected}, like the other arguments")
 
 
 def sequence_borders(cu_seqlens: Tensor | None, batch: int, length: int, where: torch.device) -> None:

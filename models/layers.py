@@ -65,26 +65,27 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, gate=gate, eps=self.eps)
 
 
-class _Gated(torch.autograd.Function):
-    """silu(g) ⊙ u of [g ‖ u], keeping [g ‖ u] alone and writing both halves of its gradient in place."""
+class _GatedLinear(torch.autograd.Function):
+    """silu(x W_gᵀ) ⊙ x W_uᵀ for W = [W_g ‖ W_u], two products: work on halves of rows is slower."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        gate, up = (torch.nn.functional.linear(x, w) for w in weight.chunk(2))
+        ctx.save_for_backward(x, weight, gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        gate, up = both.chunk(2, dim=-1)
-        out = torch.empty_like(both)
-        d_gate, d_up = out.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
-        torch.mul(grad, up, out=d_gate)
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
+        (w_gate, w_up), d_weight = weight.chunk(2), torch.empty_like(weight)
+        d_up = F.silu(gate).mul_(grad).flatten(0, -2)
+        d_gate = grad * up
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        return out
+        d_gate, flat = d_gate.flatten(0, -2), x.flatten(0, -2)
+        for d_half, d_out in zip(d_weight.chunk(2), (d_gate, d_up), strict=True):
+            torch.mm(d_out.mT, flat, out=d_half)
+        return torch.mm(d_gate, w_gate).addmm_(d_up, w_up).view_as(x), d_weight
 
 
 class SwiGLU(nn.Module):
@@ -97,11 +98,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] → [..., dim]."""
-        both = self.gate_up(x)
-        if torch.compiler.is_compiling():  # which fuses this by itself
-            gate, up = both.chunk(2, dim=-1)
+        if torch.compiler.is_compiling() or x.device.type != "cpu":  # a compiler fuses this; a GPU likes one product
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
-        return self.down(_Gated.apply(both))
+        kind = autocast_dtype(x.device) or x.dtype
+        with full_precision(x.device):
+            hidden = _GatedLinear.apply(x.to(kind), self.gate_up.weight.to(kind))
+        return self.down(hidden)
 
 
 class PersistentTokens(nn.Module):
@@ -172,8 +175,12 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
     if any(stride % 2 for stride in wide.stride()[:-1]) or wide.stride(-1) != 1 or wide.storage_offset() % 2:
         wide = wide.contiguous()  # complex numbers lie at even places
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return torch.view_as_real(_complex(wide) * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+
+def _complex(x: Tensor) -> Tensor:
+    """x [..., D] as pairs [..., D/2], sharing memory."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 class _Rotate(torch.autograd.Function):
@@ -196,3 +203,55 @@ def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     Pairs are (x_2i, x_2i+1), as in the paper. Computed in the table's dtype, returned in x's.
     """
     return _Rotate.apply(x, *table)
+
+
+@lru_cache(maxsize=16)
+def _turns(
+    length: int, heads: int, width: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """e^{i angle} [1, T, heads, D/2] of rows that begin at 0, and its conjugate; repeated for every head, because a
+    product whose inner loop is one head wide takes twice the time."""
+    with torch.inference_mode(False):
+        turn = torch.complex(*_table(length, width, base, dtype, device)).expand(1, length, heads, width // 2)
+        return turn.contiguous(), turn.conj().resolve_conj().contiguous()
+
+
+class _SplitRotate(torch.autograd.Function):
+    """q and k rotated and v as it is, of [q ‖ k ‖ v]; the three gradients meet in one tensor, with no copy between."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, qkv: Tensor, heads: int, kv_heads: int, turn: Tensor, back: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.heads, ctx.kv_heads, ctx.back = heads, kv_heads, back  # type: ignore[attr-defined]
+        both = heads + kv_heads
+        turned = torch.view_as_real(_complex(qkv[:, :, :both]) * turn).flatten(-2)
+        return turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, both:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, d_q: Tensor, d_k: Tensor, d_v: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        heads, kv_heads, back = ctx.heads, ctx.kv_heads, ctx.back  # type: ignore[attr-defined]
+        both = heads + kv_heads
+        out = d_q.new_empty(*d_q.shape[:2], both + kv_heads, d_q.shape[3])
+        out[:, :, both:] = d_v
+        for start, stop, grad in ((0, heads, d_q), (heads, both, d_k)):
+            turned = _complex(out[:, :, start:stop])
+            torch.mul(_complex(grad.contiguous()), back[:, :, : stop - start], out=turned)
+        return out, None, None, None, None
+
+
+def split_rotary(
+    qkv: Tensor, heads: int, kv_heads: int, base: float, start: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, T, H, D], k and v [B, T, Hkv, D] of qkv [B, T, H + 2 Hkv, D], q and k rotated as by :func:`rotary` with
+    :func:`rotary_table`."""
+    plain = start is None and cu_seqlens is None and qkv.device.type == "cpu" and qkv.is_contiguous()
+    if plain and qkv.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        turns = _turns(qkv.shape[1], heads + kv_heads, qkv.shape[3], base, qkv.dtype, qkv.device)
+        return _SplitRotate.apply(qkv, heads, kv_heads, *turns)
+    qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+    q, k = rotary(qk, rotary_table(qk, base, start, cu_seqlens)).split([heads, kv_heads], dim=2)
+    return q, k, v

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ...models import build
 from ...train.config import RunConfig, read_config
 from ...train.data import prepare
+from ...train.launch import keep_freed_memory
 from ...train.optim import adamw, learning_rate, set_learning_rate
 from .. import record, report
 from ..harness import reported
@@ -106,7 +107,7 @@ def contender_of(model: nn.Module, name: str, lr: float) -> Contender:
 
 
 def ours(name: str, target: int, lr: float) -> Contender:
-    """One of ``MIXERS`` at the peer's width, depth and, by the width of its MLP, parameter count (within 2 %).
+    """One of ``MIXERS`` at the peer's width, depth and, by the width of its MLP, number of parameters (within 2 %).
 
     A memory that alone has more parameters than that keeps the transformer's MLP; its count is in the record.
     """
@@ -164,8 +165,10 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     unknown = [name for name in names if name not in MIXERS]
     if unknown:
         raise ValueError(f"models had {unknown[0]!r}; they must be among {', '.join(MIXERS)}")
-    other = contender_of(load_peer(args.peer, args.seq_len, LAYERS, WIDTH, VOCABULARY), "nanogpt", args.lr)
-    mine = [ours(name, other.parameters, args.lr) for name in names]
+    peer = load_peer(args.peer, args.seq_len, LAYERS, WIDTH, VOCABULARY)
+    other = contender_of(peer, "nanogpt", args.lr)
+    # nanoGPT counts itself without its table of positions, which costs no arithmetic; rotary models have none.
+    mine = [ours(name, peer.get_num_params(), args.lr) for name in names]
     drawn = torch.randint(VOCABULARY, (args.batch_size, args.seq_len + 1), generator=torch.Generator().manual_seed(0))
     batch = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
     measured = speeds([other, *mine], batch, args.rounds, args.updates)
@@ -270,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     with reported() as outcome:
         torch.set_num_threads(args.threads)
+        keep_freed_memory()  # as the training loop does, here for both
         began = time.perf_counter()
         content = race(args) if args.race else measure_speed(args)
         record.write_json(Path(args.out), content | record.provenance(torch.device("cpu"), time.perf_counter() - began))

@@ -40,6 +40,8 @@ def backward(
 
     With n = x r and r = (a sum x^2 + eps)^(-1/2), and g the gradient of n: dx = r (g - a n sum(g n)).
     """
+    if mean and weight is not None and gate is None and x.device.type == "cpu":
+        return [*_backward_of_layer_norm(grad, factor, x, weight), absent(x)]
     kind = compute_dtype(x)
     n = x.to(kind) * factor
     g = grad.to(kind)
@@ -61,6 +63,23 @@ def backward(
         along /= x.shape[-1]
     d_x.addcmul_(n, along, value=-1).mul_(factor)
     return [d_x.to(x.dtype).contiguous(), d_weight, d_gate]
+
+
+def _backward_of_layer_norm(grad: Tensor, factor: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight by ATen's fused backward of LayerNorm, told that the mean of x was 0.
+
+    It also takes away what a gradient through the mean would be, r mean(g), which is then added again. Three passes
+    over the tokens instead of seven.
+    """
+    kind, width = compute_dtype(x), x.shape[-1]
+    g, w = grad.to(kind).contiguous(), weight.to(kind)
+    zero = torch.zeros_like(factor)
+    mask = [True, True, False]
+    d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+        g, x.to(kind).contiguous(), [width], zero, factor, w, None, mask
+    )
+    d_x += (g @ w).unsqueeze(-1).mul_(factor).div_(width)
+    return d_x.to(x.dtype), d_weight.to(weight.dtype)
 
 
 @backward.register_fake

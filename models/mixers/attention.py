@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...kernels import window_attention
 from ..config import Heads, ModelConfig
-from ..layers import Linear, PersistentTokens, rotary, rotary_table
+from ..layers import Linear, PersistentTokens, split_rotary
 from .mixer import LayerState, Mixer
 
 
@@ -52,10 +52,10 @@ class AttentionCore(Mixer):
         batch, length, _ = x.shape
         position = None if state is None else state["position"]
         qkv = self.qkv(x).view(batch, length, -1, self.width)
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.rope:
-            qk = rotary(qk, rotary_table(qk, self.base, position, cu_seqlens))
-        q, k = qk.split([self.heads, self.kv_heads], dim=2)
+            q, k, v = split_rotary(qkv, self.heads, self.kv_heads, self.base, position, cu_seqlens)
+        else:
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         y, cache = window_attention(
             q,
             k,
