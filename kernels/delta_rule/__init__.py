@@ -10,6 +10,7 @@ DeltaNet (Yang et al., 2024, eq. 10), whose α is a here. Chunks by the WY repre
 
 from torch import Tensor
 
+from .. import check
 from ..linear_memory import operator, reference
 from ..linear_memory.arguments import call, check_arguments
 from ..op import register
@@ -65,6 +66,7 @@ def delta_rule(
     Raises:
         ValueError: for a wrong shape, dtype or device, naming the argument.
     """
+    check.require(isinstance(beta, Tensor), "beta", type(beta).__name__, "be a tensor [B, T, H]")
     check_arguments(q, k, v, {"beta": beta, "log_decay": log_decay}, scale, state, cu_seqlens, chunk_size)
     run = OPERATION.choose(q.device, backend, operator.unfit(q, v, chunk_size))
     return call(run, q, k, v, beta, log_decay, scale, state, cu_seqlens, chunk_size, return_state)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..launch import Config, Kernel
 from . import canary
-from .forward import Call, widths
+from .forward import Call, configs
 from .tiles import chunk_of, cumulative, gate, lower, put, sequence_of, tile, turned, upper
 
 
@@ -112,11 +112,15 @@ def memory_gradients(
         return
     i, d = tl.arange(0, C), tl.arange(0, D)
     total, last = cumulative(log_decay, first, stop, head, H, C, DECAY)
-    below, above = lower(total, C, DECAY, False) * scale, upper(total, C, DECAY, False) * scale
     matrix = (slot * H + head).to(tl.int64) * (D * DV)
     d_scores, d_turned = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     d_read, d_kept = tl.zeros([C, D], tl.float32), tl.zeros([C, D], tl.float32)
     d_whole = tl.zeros([D], tl.float32)
+    if not DELTA:
+        keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
+        queries_turned = turned(q + head * D, first, stop, d, Q_STRIDE, C)
+        scores = tl.dot(keys, queries_turned, input_precision=PRECISION) * upper(total, C, DECAY, False) * scale
+        scores = scores.to(keys.dtype)
     for begin in range(0, DV, BV):
         e = begin + tl.arange(0, BV)
         grad = tile(d_o + head * DV, first, stop, e, H * DV, C)
@@ -132,19 +136,16 @@ def memory_gradients(
         if DECAY:
             d_whole += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 0)
         if not DELTA:
-            keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
-            queries_turned = turned(q + head * D, first, stop, d, Q_STRIDE, C)
-            scores = tl.dot(keys, queries_turned, input_precision=PRECISION) * above
             upright = tl.load(d_states + matrix + d[:, None] * DV + e[None, :])
             found = tl.dot(keys, upright, input_precision=PRECISION)
             if DECAY:
                 found *= tl.exp(last - total)[:, None]
-            found += tl.dot(scores.to(grad.dtype), grad, input_precision=PRECISION)
+            found += tl.dot(scores, grad, input_precision=PRECISION)
             put(d_v + head * DV, found, first, stop, e, H * DV, C)
     queries = tile(q + head * D, first, stop, d, Q_STRIDE, C)
     keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
-    d_scores *= below
-    d_turned *= above
+    d_scores *= lower(total, C, DECAY, False) * scale
+    d_turned *= upper(total, C, DECAY, False) * scale
     d_read *= scale
     if DELTA:
         weight = gate(beta, first, stop, head, H, C)
@@ -227,27 +228,24 @@ def delta_gradients(
         put_gate(d_decay, tl.cumsum(of_total, 0, reverse=True), first, stop, head, H, C)
 
 
-def _configs(constants: Mapping[str, Any]) -> list[Config]:
-    return [
-        Config((("BV", width),), num_warps=warps, num_stages=stages)
-        for width in widths(constants, 64)[:2]
-        for warps, stages in ((4, 2), (8, 2), (4, 1), (8, 1))
-    ]
+def _written_configs(constants: Mapping[str, Any]) -> list[Config]:
+    return configs(constants, (64, 4, 2), (64, 8, 2), (32, 4, 2))
 
 
-def _chunk_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Tiles of C² and C·D numbers are held through the loop: more warps have more registers for them."""
-    return [
-        Config((("BV", width),), num_warps=warps, num_stages=stages)
-        for width in sorted(widths(constants, 64), key=lambda w: w != 32)
-        for warps, stages in ((8, 1), (8, 2), (4, 1), (4, 2))
-    ]
+def _states_configs(constants: Mapping[str, Any]) -> list[Config]:
+    return configs(constants, (32, 4, 2), (32, 4, 1), (16, 4, 2), (64, 8, 2))
 
 
-WRITTEN = Kernel(memory_written_backward, _configs, canary.backward)
-STATES = Kernel(memory_states_backward, _configs, canary.backward)
-GRADIENTS = Kernel(memory_gradients, _chunk_configs, canary.backward)
-DELTA = Kernel(delta_gradients, _chunk_configs, canary.backward)
+def _gradients_configs(constants: Mapping[str, Any]) -> list[Config]:
+    """Tiles of C² and C·D numbers are held through the loop: eight warps have the registers for them."""
+    fourth = (32, 4, 2) if constants["D"] * constants["C"] <= 4096 else (64, 8, 1)
+    return configs(constants, (32, 8, 2), (32, 8, 1), (16, 8, 2), fourth)
+
+
+WRITTEN = Kernel(memory_written_backward, _written_configs, canary.backward)
+STATES = Kernel(memory_states_backward, _states_configs, canary.backward)
+GRADIENTS = Kernel(memory_gradients, _gradients_configs, canary.backward)
+DELTA = Kernel(delta_gradients, _gradients_configs, canary.backward)
 
 
 def backward(

@@ -1,6 +1,6 @@
 """Small problems with a known answer for the kernels of the linear memories: the plain torch path in float32."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,15 +48,27 @@ def wide(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
 
 
-def forward(constants: Mapping[str, Any]) -> Pairs:
+def _compare(launch: Callable[..., tuple[Any, ...]], constants: Mapping[str, Any]) -> Pairs:
     """Output and final memory. The latter is float32, of products of rounded operands: it is compared rounded."""
-    from .forward import forward as launch
-
     arguments = problem(constants)
     found = launch(**arguments)[:2]
     exact = wide(arguments)
     wanted = operator.linear_memory_op.body(*exact.values(), False, False)[:2]
     return [(x.to(arguments["q"].dtype), y) for x, y in zip(found, wanted, strict=True)]
+
+
+def forward(constants: Mapping[str, Any]) -> Pairs:
+    """Output and final memory of the kernels in chunks."""
+    from .forward import forward as launch
+
+    return _compare(launch, constants)
+
+
+def decode(constants: Mapping[str, Any]) -> Pairs:
+    """Output and final memory of the kernel that goes token by token: rows of 10 tokens, documents of up to 9."""
+    from .decode import decode as launch
+
+    return _compare(launch, {**constants, "C": 4})
 
 
 def backward(constants: Mapping[str, Any]) -> Pairs:

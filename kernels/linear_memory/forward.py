@@ -86,38 +86,28 @@ def memory_outputs(
     put(o + head * DV, out * scale, first, stop, e, H * DV, C)
 
 
-def widths(constants: Mapping[str, Any], largest: int) -> list[int]:
-    """Blocks of the memory's columns, the widest first."""
-    return [w for w in (64, 32, 16) if w <= min(constants["DV"], largest)]
+def configs(constants: Mapping[str, Any], *choices: tuple[int, int, int]) -> list[Config]:
+    """Of (block of the memory's columns, warps, stages) those not wider than the memory, or the first, made narrow."""
+    fit = [choice for choice in choices if choice[0] <= constants["DV"]]
+    fit = fit or [(constants["DV"], *choices[0][1:])]
+    return [Config((("BV", width),), num_warps=warps, num_stages=stages) for width, warps, stages in fit]
 
 
 def _inverse_configs(constants: Mapping[str, Any]) -> list[Config]:
-    return [Config(num_warps=warps, num_stages=1) for warps in (1, 2, 4)]
+    return [Config(num_warps=1, num_stages=1), Config(num_warps=2, num_stages=1)]
 
 
 def _transform_configs(constants: Mapping[str, Any]) -> list[Config]:
-    return [
-        Config((("BV", width),), num_warps=warps, num_stages=stages)
-        for width in widths(constants, 64)[:1]
-        for warps, stages in ((4, 2), (8, 2), (2, 2), (4, 3))
-    ]
+    return configs(constants, (64, 4, 2), (64, 8, 2))
 
 
 def _states_configs(constants: Mapping[str, Any]) -> list[Config]:
     """Few programs go through long sequences: narrow blocks make more of them, wide ones read the keys less often."""
-    return [
-        Config((("BV", width),), num_warps=warps, num_stages=stages)
-        for width in sorted(widths(constants, 64), key=lambda w: w != 32)
-        for warps, stages in ((4, 2), (4, 3), (2, 2), (8, 2))
-    ]
+    return configs(constants, (32, 4, 2), (32, 4, 3), (16, 4, 3), (64, 4, 2))
 
 
 def _outputs_configs(constants: Mapping[str, Any]) -> list[Config]:
-    return [
-        Config((("BV", width),), num_warps=warps, num_stages=2)
-        for width in widths(constants, 64)[:2]
-        for warps in (4, 8)
-    ]
+    return configs(constants, (64, 4, 2), (64, 8, 2), (32, 4, 2))
 
 
 INVERSE = Kernel(delta_inverse, _inverse_configs, canary.forward)
@@ -146,6 +136,7 @@ class Call:
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         chunk: int,
+        table: bool = True,
     ) -> None:
         self.q, self.k, self.v = lie_close(q), lie_close(k), lie_close(v)
         self.beta, self.log_decay, self.state = (
@@ -154,9 +145,8 @@ class Call:
         self.batch, self.length, self.heads, self.key_dim = q.shape
         self.value_dim, self.borders = v.shape[3], cu_seqlens
         self.table = self.offset = None
-        self.rows = self.batch
-        if cu_seqlens is not None:
-            self.rows = cu_seqlens.numel() - 1
+        self.rows = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        if cu_seqlens is not None and table:
             slots = make_slots(cu_seqlens, self.length, chunk)
             self.table = torch.stack([slots.first, slots.stop], 1).to(torch.int32)
             self.offset = slots.offset.to(torch.int32)

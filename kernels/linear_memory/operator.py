@@ -68,9 +68,13 @@ def linear_memory_op(
     """o, the final memory, and with ``keep`` what the backward wants: N, states, errors (empty where there is none)."""
     kind, heads = compute_dtype(q), q.shape[2]
     if triton:
+        from .decode import decode, is_short
         from .forward import forward
 
-        o, final, *held = forward(q, k, v, beta, log_decay, state, cu_seqlens, scale, chunk)
+        inputs = (q, k, v, beta, log_decay, state, cu_seqlens, scale, chunk)
+        if not keep and is_short(q, cu_seqlens):
+            return *decode(*inputs), absent(q), absent(q), absent(q)
+        o, final, *held = forward(*inputs)
         inverse, states, errors = (x if keep and x is not None else absent(q) for x in held)
         return o, final, inverse, states, errors
     layout, c = _lay(q, k, v, beta, log_decay, cu_seqlens, scale, chunk)
