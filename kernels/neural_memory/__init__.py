@@ -8,6 +8,8 @@
 Source: Titans (Behrouz et al., 2024), eqs. 8-15; the chunked form after TTT (Sun et al., 2024).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,9 @@ def neural_memory(
             Its chunk, if unfinished, goes on.
         cu_seqlens: int32 [N + 1] borders of packed sequences, B = 1. Each starts afresh or from its row of ``state``.
         return_state: also return the state after the last token.
-        backend: "reference" or "torch"; see :mod:`palimpsest.kernels.backend`.
+        backend: "reference", "torch" or "triton"; see :mod:`palimpsest.kernels.backend`. The Triton kernels cover a
+            linear memory and a two-layer one, widths D = D_v and F that are powers of two, D from 16 to 128, and
+            chunks of 16, 32 or a multiple of 64, in float32, bfloat16 and float16.
 
     Returns:
         o [B, T, H, D_v] in v's dtype, and the state (``weights.i``, ``momentum.i``, ``anchor.i`` [N, H, in, out] in
@@ -67,7 +71,7 @@ def neural_memory(
         ValueError: for a wrong shape, dtype, device or combination, naming the argument.
     """
     _check(q, k, v, step, log_retain, log_momentum, weights, spec, norm, state, cu_seqlens)
-    run = OPERATION.choose(q.device, backend)
+    run = OPERATION.choose(q.device, backend, _unfit(q, v, spec))
     o, final = run(
         q,
         k,
@@ -205,7 +209,25 @@ def _check_state(
     check.dtype("state['position']", state["position"], (torch.int32,))
 
 
-def _torch(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, state, cu_seqlens):
+def _unfit(q: Tensor, v: Tensor, spec: MemorySpec) -> tuple[str, object, str] | None:
+    """Why the Triton kernels do not cover a call, for :meth:`Operation.choose`, or None."""
+    d, dv, chunk = q.shape[-1], v.shape[-1], spec.chunk_size
+    if q.dtype == torch.float64:
+        return "q.dtype", "float64", "be float32, bfloat16 or float16"
+    if spec.layers > 2:
+        return "depth", spec.layers, "be 1 or 2"
+    if d not in (16, 32, 64, 128):
+        return "q.shape[-1]", d, "be 16, 32, 64 or 128"
+    if dv != d:
+        return "v.shape[-1]", dv, f"be {d}, the width of keys,"
+    if spec.layers == 2 and spec.expansion not in (1, 2, 4, 8):
+        return "expansion", spec.expansion, "be 1, 2, 4 or 8"
+    if chunk not in (16, 32) and chunk % 64:
+        return "chunk_size", chunk, "be 16, 32 or a multiple of 64"
+    return None
+
+
+def _run(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, state, cu_seqlens, triton):
     names = state_names(spec)
     held = [] if state is None else [state[name] for name in names]
     inputs = [q, k, v, step, log_retain, log_momentum, norm, *weights, *held]
@@ -224,9 +246,16 @@ def _torch(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, stat
         cu_seqlens,
         spec.encode(),
         keep,
+        triton,
     )
     final = dict(zip([*names, "position"], out[1 : 2 + len(names)], strict=True))
     return out[0], final
 
 
-OPERATION = register("neural_memory", cost=cost, reference=reference.neural_memory, torch=_torch)
+OPERATION = register(
+    "neural_memory",
+    cost=cost,
+    reference=reference.neural_memory,
+    torch=partial(_run, triton=False),
+    triton=partial(_run, triton=True),
+)

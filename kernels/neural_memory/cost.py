@@ -55,6 +55,12 @@ def segment_chunks(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
     return max(1, -(-state // (4 * widths[0][0] * spec.chunk_size)))
 
 
+def kept_slots(tokens: int, rows: int, chunk: int, every: int) -> int:
+    """How many states a forward in Triton keeps at most: known from shapes alone, and so is each sequence's place among
+    them, cu_seqlens[n] // (chunk every) + n."""
+    return tokens // (chunk * every) + rows
+
+
 def training_bytes_per_token(heads: int, key_dim: int, value_dim: int, spec: MemorySpec) -> float:
     """Bytes that forward and backward of the torch path hold at their peak, per token of one row, in float32.
 

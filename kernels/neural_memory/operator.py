@@ -1,5 +1,7 @@
 """The registered operator ``palimpsest::neural_memory``: forward with kept states, backward by replay of segments.
 
+One operator for plain torch and for Triton (``triton``): both keep [W; S] every G chunks, each in places of its own.
+
 Memory: the forward keeps W and S every G chunks, and nothing else but its inputs; the backward replays G chunks at a
 time. That is O(tokens) for the inputs and their gradients, plus one state every G chunks.
 """
@@ -13,7 +15,7 @@ from ..check import compute_dtype
 from ..op import flop_formula
 from ..operator import absent, operator, present
 from .chunked import Chunk, chunk_backward, chunk_forward
-from .cost import matmul_flops, segment_chunks
+from .cost import kept_slots, matmul_flops, segment_chunks
 from .gates import gates_backward, make_gates
 from .schedule import Step, make_schedule
 from .spec import MemorySpec
@@ -28,10 +30,17 @@ def checkpoint_rows(batch: int, length: int, rows: int, chunk: int, every: int, 
 
 
 def _checkpoint_slots(
-    q: Tensor, weights: Sequence[Tensor], position: Tensor | None, cu_seqlens: Tensor | None, spec: MemorySpec
+    q: Tensor,
+    weights: Sequence[Tensor],
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    spec: MemorySpec,
+    triton: bool,
 ) -> int:
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     every = segment_chunks(spec, [(w.shape[-2], w.shape[-1]) for w in weights])
+    if triton:
+        return kept_slots(q.shape[0] * q.shape[1], rows, spec.chunk_size, every)
     ragged = position is not None or cu_seqlens is not None
     return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.chunk_size, every, ragged)
 
@@ -144,16 +153,22 @@ def neural_memory_op(
     cu_seqlens: Tensor | None,
     spec: str,
     keep: bool,
+    triton: bool,
 ) -> list[Tensor]:
     """[o, final W, S and anchor of each layer, position, and with ``keep`` the kept [W; S] of each layer]."""
     what = MemorySpec.decode(spec)
+    if triton:
+        from .forward import run_forward
+
+        tokens = q, k, v, step, log_retain, log_momentum
+        return run_forward(tokens, weights, norm, state, position, cu_seqlens, what, keep)
     call = _Call((q, k, v, step, log_retain, log_momentum), weights, norm, state, position, cu_seqlens, what)
     states, anchor = call.initial()
     final, final_anchor = [x.clone() for x in states], [x.clone() for x in anchor]
     laid_v = call.tokens[2]
     assert laid_v is not None
     o = torch.empty_like(laid_v)
-    slots = _checkpoint_slots(q, weights, position, cu_seqlens, what) if keep else 0
+    slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
     # Zeros, because the count is only a bound for ragged rows and an operator's output must repeat.
     kept = [x.new_zeros((slots, call.heads, *x.shape[1:])) for x in states]
     filled = 0
@@ -175,13 +190,13 @@ def neural_memory_op(
 
 
 @neural_memory_op.register_fake
-def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, keep):
+def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, keep, triton):
     what = MemorySpec.decode(spec)
     kind = compute_dtype(q)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     parts = 3 if what.has_momentum else 2
     final = [w.new_empty((rows, *w.shape), dtype=kind) for w in list(weights) * parts]
-    slots = _checkpoint_slots(q, weights, position, cu_seqlens, what) if keep else 0
+    slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
     saved = [w.new_empty((slots, w.shape[0], w.shape[1] * (parts - 1), w.shape[2]), dtype=kind) for w in weights]
     return [
         torch.empty_like(v, memory_format=torch.contiguous_format),
@@ -208,11 +223,17 @@ def neural_memory_backward_op(
     cu_seqlens: Tensor | None,
     kept: Sequence[Tensor],
     spec: str,
+    triton: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v, step, log_retain, log_momentum, norm (empty where None), then of the state or, without
     one, of the weights."""
     what = MemorySpec.decode(spec)
     inputs = (q, k, v, step, log_retain, log_momentum)
+    if triton:
+        from .backward import run_backward
+
+        found = run_backward(grad_o, grad_state, inputs, weights, norm, state, position, cu_seqlens, kept, what)
+        return [absent(weights[0]) if x is None else x for x in found]
     call = _Call(inputs, weights, norm, state, position, cu_seqlens, what)
     grads = [None if x is None else torch.empty_like(x) for x in call.tokens]
     d_reads = call.layout.lay(grad_o, call.kind)
@@ -300,8 +321,9 @@ def _lay_out(
 
 @neural_memory_backward_op.register_fake
 def _(
-    grad_o, grad_state, q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, kept, spec
-):
+    grad_o, grad_state, q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, kept, spec,
+    triton,
+):  # fmt: skip
     shaped = [q, k, v, step, log_retain, log_momentum, norm, *(state or weights)]
     return [
         absent(weights[0]) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in shaped
@@ -309,7 +331,7 @@ def _(
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, _ = inputs
+    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, _, triton = inputs
     what = MemorySpec.decode(spec)
     finals = what.layers * (3 if what.has_momentum else 2)
     kept = output[2 + finals :]
@@ -317,7 +339,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # zeros for every kept state would double them
     ctx.final_shapes = [x.shape for x in output[1 : 1 + finals]]
     ctx.counts = (len(weights), len(state))
-    ctx.spec = spec
+    ctx.spec, ctx.triton = spec, triton
     tokens = (q, k, v, step, log_retain, log_momentum)
     ctx.save_for_backward(*tokens, norm, position, cu_seqlens, *weights, *state, *kept)
 
@@ -335,24 +357,26 @@ def _backward(ctx, grads):
         q.new_zeros(shape, dtype=kind) if grad is None else grad
         for grad, shape in zip(grads[1:], ctx.final_shapes, strict=False)
     ]
-    found = neural_memory_backward_op(d_o, d_final, *tokens, weights, norm, state, position, cu_seqlens, kept, ctx.spec)
+    found = neural_memory_backward_op(
+        d_o, d_final, *tokens, weights, norm, state, position, cu_seqlens, kept, ctx.spec, ctx.triton
+    )
     d_tokens = present(found[:6], tokens)
     d_norm = None if norm is None else found[6]
     d_weights = [None] * n_weights if n_state else found[7:]
-    return (*d_tokens, d_weights, d_norm, found[7:] if n_state else [], None, None, None, None)
+    return (*d_tokens, d_weights, d_norm, found[7:] if n_state else [], None, None, None, None, None)
 
 
 neural_memory_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _forward_flops(
-    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu, spec, keep, out_shape=None
+    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu, spec, keep, triton, out_shape=None
 ):
     return matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], MemorySpec.decode(spec))
 
 
 def _backward_flops(
-    grad_o, grad_state, q, k, v, step, lr, lm, weights, norm, state, position, cu, kept, spec, out_shape=None
+    grad_o, grad_state, q, k, v, step, lr, lm, weights, norm, state, position, cu, kept, spec, triton, out_shape=None
 ):
     return 2 * matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], MemorySpec.decode(spec))
 

@@ -34,23 +34,25 @@ NORM_SINGLE, NORM_EXACT = 1e-4, 1e-11
 FIELDS = ("network", "depth", "norm", "residual", "bias", "retention", "rule", "chunk_size", "read_after_write")
 
 
-def make(draw: Draw, batch: int, length: int, *, spec: MemorySpec) -> dict[str, Any]:
+def make(
+    draw: Draw, batch: int, length: int, *, spec: MemorySpec, heads: int = HEADS, width: int = WIDTH
+) -> dict[str, Any]:
     """Unit keys and queries, gates as a layer would give them, steps that keep the recurrence stable."""
     # Gates stay in float32 where tokens are halves, as the operation demands.
     gate = torch.float64 if draw.dtype == torch.float64 else torch.float32
-    shape = (batch, length, HEADS)
-    q, k = (torch.nn.functional.normalize(draw.normal(*shape, WIDTH), dim=-1) for _ in range(2))
+    shape = (batch, length, heads)
+    q, k = (torch.nn.functional.normalize(draw.normal(*shape, width), dim=-1) for _ in range(2))
     own = Draw(5, torch.float64)  # parameters: the same for every batch and length
-    shapes = spec.weight_shapes(HEADS, WIDTH, WIDTH)
+    shapes = spec.weight_shapes(heads, width, width)
     return {
         "q": q,
         "k": k,
-        "v": draw.normal(*shape, WIDTH),
+        "v": draw.normal(*shape, width),
         "step": draw.uniform(0.02, 0.2, *shape, dtype=gate),
         "log_retain": draw.uniform(-0.3, -0.01, *shape, dtype=gate) if spec.retention == "l2" else None,
         "log_momentum": draw.uniform(-2.0, -0.2, *shape, dtype=gate) if spec.has_momentum else None,
         "weights": [own.normal(*s, scale=s[1] ** -0.5, dtype=draw.dtype) for s in shapes],
-        "norm": own.uniform(0.5, 1.5, HEADS, WIDTH, dtype=draw.dtype) if spec.norm else None,
+        "norm": own.uniform(0.5, 1.5, heads, width, dtype=draw.dtype) if spec.norm else None,
         "spec": spec,
     }
 
@@ -62,20 +64,39 @@ def costs(arguments: dict[str, Any]) -> tuple[Cost, Cost]:
     return cost(*shapes), cost(*shapes, backward=True)
 
 
-for name, row in ROWS.items():
-    spec = MemorySpec(expansion=2, **dict(zip(FIELDS, row, strict=True)))  # type: ignore[arg-type]
+def memory(row: tuple[Any, ...], expansion: int = 2) -> MemorySpec:
+    """The memory of a row."""
+    return MemorySpec(expansion=expansion, **dict(zip(FIELDS, row, strict=True)))  # type: ignore[arg-type]
+
+
+def register(name: str, spec: MemorySpec, block: int, **options: Any) -> None:
+    """Add a case; ``options`` are those of the case, and the ``heads`` and ``width`` of its arguments."""
+    sizes = {key: options.pop(key) for key in ("heads", "width") if key in options}
+    settings: dict[str, Any] = {
+        "single": NORM_SINGLE if spec.norm else SINGLE,
+        "exact": NORM_EXACT if spec.norm else EXACT,
+    }
     register_case(
         OperationCase(
             name=f"neural_memory/{name}",
             operation="neural_memory",
             call=neural_memory,
-            make=partial(make, spec=spec),
+            make=partial(make, spec=spec, **sizes),
             tokens=("q", "k", "v", "step", "log_retain", "log_momentum"),
             state=True,
             packed=True,
-            block=max(spec.chunk_size, 3),
+            block=block,
             cost=costs,
-            single=NORM_SINGLE if spec.norm else SINGLE,
-            exact=NORM_EXACT if spec.norm else EXACT,
+            **(settings | options),
         )
     )
+
+
+#: What the interpreter runs all checks of, as small as the kernels go; test_neural_memory_triton.py has an array of all
+#: choices. A block of half a chunk: states in the middle of one, and sequences that end in the second.
+TRITON = ("mlp", 2, True, True, "l2", "l2", "momentum", 16, True)
+
+for name, row in ROWS.items():
+    spec = memory(row)
+    register(name, spec, max(spec.chunk_size, 3))
+register("triton", memory(TRITON, 1), 8, heads=1, width=16, single=1e-5, backends=("triton",))

@@ -1,0 +1,270 @@
+"""The gates of every step, forward and backward, in Triton: what gates.py does in plain torch.
+
+Nothing here depends on the state, so all steps are computed at once, and the programs that walk the steps in order load
+coefficients instead of computing them. A program takes every PARTS-th step of one memory. Where the coefficients of a
+step lie: ``tiles.step_slot``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Config, Kernel, Pairs, interpreted
+from .gates import GateGradients, gates_backward, make_gates
+from .tiles import sequence, step_slot, step_tokens
+
+
+@triton.jit
+def step_gates(theta_ptr, retain_ptr, momentum_ptr, at, valid, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr):
+    """θ, log a and log η of a step [C]: 0, which changes nothing, in slots without a token and for absent gates."""
+    theta = tl.load(theta_ptr + at, mask=valid, other=0.0)
+    log_a = tl.zeros_like(theta)
+    log_n = tl.zeros_like(theta)
+    if RETENTION:
+        log_a = tl.load(retain_ptr + at, mask=valid, other=0.0)
+    if MOMENTUM:
+        log_n = tl.load(momentum_ptr + at, mask=valid, other=0.0)
+    return theta, log_a, log_n
+
+
+@triton.jit
+def decays(later, earlier, mask):
+    """exp(later − earlier) where ``mask``, else 0; nothing is divided by a cumulative product."""
+    return tl.where(mask, tl.exp(tl.where(mask, later - earlier, 0.0)), 0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def neural_memory_gates(
+    theta_ptr, retain_ptr, momentum_ptr, position_ptr, cu_ptr, write_ptr, vectors_ptr, ends_ptr, T, H: tl.constexpr,
+    C: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr,
+    PACKED: tl.constexpr, GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """``write`` [slots, H, C, C]: Λ as reads use it (LATE: one token late, where reads come before writes);
+    ``vectors`` [slots, H, 4, C]: A and f of the reads, Λ_c and P_c of the update; ``ends`` [slots, H, 4]: A_c, f_c and
+    E_c."""
+    n = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
+    i = tl.arange(0, C)
+    for j in range(place // C + tl.program_id(1), tl.where(length > 0, tl.cdiv(place + length, C), 0), PARTS):
+        token, valid = step_tokens(j, begin, length, place, C)
+        theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, token * H + h, valid, RETENTION, MOMENTUM)
+        total = tl.cumsum(log_a, 0)
+        read = total - log_a if LATE else total
+        decay = decays(read[:, None], total[None, :], (i[None, :] <= i[:, None] - LATE) & valid[None, :])
+        last = tl.sum(log_a, 0)
+        ending = decays(last, total, valid)
+        slot = step_slot(j, n, begin, place, C) * H + h
+        if MOMENTUM:
+            inner = tl.cumsum(log_n, 0)
+            momentum_write = decays(inner[:, None], inner[None, :], i[None, :] <= i[:, None]) * theta[None, :]
+            inertia = tl.exp(inner)
+            write = tl.dot(decay, momentum_write, input_precision=GATE_PRECISION)
+            end_write = tl.sum(ending[:, None] * momentum_write, 0)
+            inner_last = tl.sum(log_n, 0)
+            tl.store(vectors_ptr + slot * (4 * C) + C + i, tl.sum(decay * inertia[None, :], 1))
+            tl.store(vectors_ptr + slot * (4 * C) + 3 * C + i, tl.exp(inner_last - inner) * theta)
+            tl.store(ends_ptr + slot * 4 + 1, tl.sum(ending * inertia, 0))
+            tl.store(ends_ptr + slot * 4 + 2, tl.exp(inner_last))
+        else:
+            write = decay * theta[None, :]
+            end_write = ending * theta
+        tl.store(write_ptr + slot * (C * C) + i[:, None] * C + i[None, :], write.to(write_ptr.dtype.element_ty))
+        tl.store(vectors_ptr + slot * (4 * C) + i, tl.exp(read))
+        tl.store(vectors_ptr + slot * (4 * C) + 2 * C + i, end_write)
+        tl.store(ends_ptr + slot * 4, tl.exp(last))
+
+
+@triton.jit(do_not_specialize=["T"])
+def neural_memory_gates_backward(
+    theta_ptr, retain_ptr, momentum_ptr, position_ptr, cu_ptr, d_write_ptr, d_vectors_ptr, d_ends_ptr, d_theta_ptr,
+    d_retain_ptr, d_momentum_ptr, T, H: tl.constexpr, C: tl.constexpr, RETENTION: tl.constexpr,
+    MOMENTUM: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of θ, log a and log η from those of what :func:`neural_memory_gates` computes, laid out alike.
+
+    Every L is exp of a difference, so its gradient times itself flows to the later sum and from the earlier one.
+    """
+    n = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
+    i = tl.arange(0, C)
+    for j in range(place // C + tl.program_id(1), tl.where(length > 0, tl.cdiv(place + length, C), 0), PARTS):
+        token, valid = step_tokens(j, begin, length, place, C)
+        at = token * H + h
+        theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, at, valid, RETENTION, MOMENTUM)
+        slot = step_slot(j, n, begin, place, C) * H + h
+        d_write = tl.load(d_write_ptr + slot * (C * C) + i[:, None] * C + i[None, :]).to(tl.float32)
+        d_retain = tl.load(d_vectors_ptr + slot * (4 * C) + i)
+        d_end_write = tl.load(d_vectors_ptr + slot * (4 * C) + 2 * C + i)
+        total = tl.cumsum(log_a, 0)
+        read = total - log_a if LATE else total
+        last = tl.sum(log_a, 0)
+        seen = i[None, :] <= i[:, None] - LATE
+        decay = decays(read[:, None], total[None, :], seen & valid[None, :])
+        ending = decays(last, total, valid)
+        if MOMENTUM:
+            d_carry = tl.load(d_vectors_ptr + slot * (4 * C) + C + i)
+            d_end_momentum = tl.load(d_vectors_ptr + slot * (4 * C) + 3 * C + i)
+            d_end_carry = tl.load(d_ends_ptr + slot * 4 + 1)
+            d_end_inertia = tl.load(d_ends_ptr + slot * 4 + 2)
+            inner = tl.cumsum(log_n, 0)
+            inner_last = tl.sum(log_n, 0)
+            inertia = tl.exp(inner)
+            kept = decays(inner[:, None], inner[None, :], i[None, :] <= i[:, None])
+            momentum_write = kept * theta[None, :]
+            # The transposes are computed as such: a product's operand is never the transpose of another's result.
+            momentum_write_t = decays(inner[None, :], inner[:, None], i[:, None] <= i[None, :]) * theta[:, None]
+            decay_t = decays(read[None, :], total[:, None], (i[:, None] <= i[None, :] - LATE) & valid[:, None])
+            d_decay = tl.dot(d_write, momentum_write_t, input_precision=GATE_PRECISION)
+            d_decay += d_carry[:, None] * inertia[None, :]
+            d_kept = tl.dot(decay_t, d_write, input_precision=GATE_PRECISION) + ending[:, None] * d_end_write[None, :]
+            d_ending = tl.sum(momentum_write * d_end_write[None, :], 1) + d_end_carry * inertia
+            remaining = tl.exp(inner_last - inner)
+            d_theta = tl.sum(d_kept * kept, 0) + d_end_momentum * remaining
+            flow = d_kept * momentum_write
+            ended = d_end_momentum * remaining * theta
+            d_inertia = tl.sum(decay * d_carry[:, None], 0) + ending * d_end_carry
+            d_inner = tl.sum(flow, 1) - tl.sum(flow, 0) + d_inertia * inertia - ended
+            d_log = tl.cumsum(d_inner, 0, reverse=True) + tl.sum(ended, 0) + d_end_inertia * tl.exp(inner_last)
+            tl.store(d_momentum_ptr + at, d_log, mask=valid)
+            flow = d_decay * decay
+        else:
+            d_theta = tl.sum(d_write * decay, 0) + d_end_write * ending
+            d_ending = d_end_write * theta
+            flow = d_write * decay * theta[None, :]
+        tl.store(d_theta_ptr + at, d_theta, mask=valid)
+        if RETENTION:
+            ended = d_ending * ending
+            d_read = tl.sum(flow, 1) + d_retain * tl.exp(read)
+            d_log = tl.cumsum(d_read - tl.sum(flow, 0) - ended, 0, reverse=True) + tl.sum(ended, 0)
+            d_log += tl.load(d_ends_ptr + slot * 4) * tl.exp(last)
+            if LATE:  # the sum at a read stops one token short
+                d_log -= d_read
+            tl.store(d_retain_ptr + at, d_log, mask=valid)
+
+
+def _configs(constants: Mapping[str, Any]) -> list[Config]:
+    parts = 1 if interpreted() else 16
+    return [Config((("PARTS", parts),), warps, 1) for warps in (4, 8)]
+
+
+def _grid(rows: int) -> Any:
+    return lambda c: (rows * c["H"], c["PARTS"])
+
+
+def _arguments(
+    step: Tensor, log_retain: Tensor | None, log_momentum: Tensor | None, position: Tensor | None, cu: Tensor | None
+) -> dict[str, Any]:
+    """Run-time arguments that both kernels take; ``step`` stands in for what is absent and not read."""
+    given = {"retain_ptr": log_retain, "momentum_ptr": log_momentum, "position_ptr": position, "cu_ptr": cu}
+    return {"theta_ptr": step, **{name: step if x is None else x for name, x in given.items()}, "T": step.shape[1]}
+
+
+def run_gates(
+    step: Tensor,
+    log_retain: Tensor | None,
+    log_momentum: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    constants: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`neural_memory_gates` documents; Λ in ``dtype``."""
+    slots, heads, c = step.shape[0] * step.shape[1] // constants["C"] + 2 * rows, step.shape[2], constants["C"]
+    write = step.new_empty((slots, heads, c, c), dtype=dtype)
+    vectors, ends = step.new_empty((slots, heads, 4, c)), step.new_empty((slots, heads, 4))
+    arguments = _arguments(step, log_retain, log_momentum, position, cu_seqlens)
+    arguments |= {"write_ptr": write, "vectors_ptr": vectors, "ends_ptr": ends}
+    GATES(_grid(rows), arguments, {name: constants[name] for name in NAMES})
+    return write, vectors, ends
+
+
+def run_gates_backward(
+    gradients: Sequence[Tensor],
+    step: Tensor,
+    log_retain: Tensor | None,
+    log_momentum: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    constants: Mapping[str, Any],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of θ, log a and log η from those of what :func:`run_gates` returns."""
+    found = [None if x is None else torch.empty_like(x) for x in (step, log_retain, log_momentum)]
+    arguments = _arguments(step, log_retain, log_momentum, position, cu_seqlens)
+    arguments |= dict(zip(("d_write_ptr", "d_vectors_ptr", "d_ends_ptr"), gradients, strict=True))
+    names = ("d_theta_ptr", "d_retain_ptr", "d_momentum_ptr")
+    arguments |= {name: step if x is None else x for name, x in zip(names, found, strict=True)}
+    GATES_BACKWARD(_grid(rows), arguments, {name: constants[name] for name in NAMES})
+    assert found[0] is not None
+    return found[0], found[1], found[2]
+
+
+def _problem(constants: Mapping[str, Any]) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Two steps of one row: θ, log a, log η [1, 2C, H]; position and borders where the kernel is built for them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2 * constants["C"], constants["H"])
+    drawn = [torch.empty(shape).uniform_(low, high, generator=generator) for low, high in ((0, 1), (-0.3, 0), (-2, 0))]
+    wanted = (True, constants["RETENTION"], constants["MOMENTUM"])
+    gates = [x.to(device) if want else None for x, want in zip(drawn, wanted, strict=True)]
+    position = torch.zeros(1, dtype=torch.int32, device=device) if constants["STATE"] else None
+    borders = torch.tensor([0, shape[1]], dtype=torch.int32, device=device) if constants["PACKED"] else None
+    return gates, position, borders
+
+
+def _flat(x: Tensor | None, c: int) -> Tensor | None:
+    """[1, 2C, H] to one row per (step, head), [2H, C]."""
+    return None if x is None else x.unflatten(1, (2, c)).permute(0, 1, 3, 2).flatten(0, 2)
+
+
+def _forward_pairs(constants: Mapping[str, Any]) -> Pairs:
+    gates, position, borders = _problem(constants)
+    assert gates[0] is not None
+    write, vectors, ends = run_gates(*gates, position, borders, 1, constants, torch.float32)  # type: ignore[misc]
+    theta, log_a, log_n = (_flat(x, constants["C"]) for x in gates)
+    assert theta is not None
+    wanted = make_gates(theta, log_a, log_n, None, constants["LATE"])
+    write, vectors, ends = (x[:2].flatten(0, 1) for x in (write, vectors, ends))
+    found = [(write, wanted.read_write), (vectors[:, 0], wanted.read_retain), (vectors[:, 2], wanted.write[:, -1])]
+    found.append((ends[:, 0], wanted.retain[:, -1]))
+    if wanted.carry is not None and wanted.momentum_write is not None and wanted.inertia is not None:
+        assert wanted.read_carry is not None
+        found += [(vectors[:, 1], wanted.read_carry), (vectors[:, 3], wanted.momentum_write[:, -1])]
+        found += [(ends[:, 1], wanted.carry[:, -1]), (ends[:, 2], wanted.inertia[:, -1])]
+    return found
+
+
+def _backward_pairs(constants: Mapping[str, Any]) -> Pairs:
+    gates, position, borders = _problem(constants)
+    theta, log_a, log_n = (_flat(x, constants["C"]) for x in gates)
+    assert gates[0] is not None and theta is not None
+    c, heads, momentum = constants["C"], constants["H"], constants["MOMENTUM"]
+    generator = torch.Generator().manual_seed(1)
+    # Slots beyond the two steps stay unread.
+    d_write, d_vectors, d_ends = (
+        torch.randn((4, heads, *shape), generator=generator).to(theta.device) for shape in ((c, c), (4, c), (4,))
+    )
+    d_write = d_write.tril(-int(constants["LATE"]))
+    found = run_gates_backward([d_write, d_vectors, d_ends], *gates, position, borders, 1, constants)  # type: ignore[misc]
+    write, vectors, ends = (x[:2].flatten(0, 1) for x in (d_write, d_vectors, d_ends))
+    if constants["LATE"]:
+        vectors[:, :2, 0] = 0.0  # a read before the first write depends on no gate
+    gradients = GateGradients(
+        write.clone(), vectors[:, 0], vectors[:, 1] if momentum else None, vectors[:, 2], ends[:, 0],
+        ends[:, 1] if momentum else None, vectors[:, 3] if momentum else None, ends[:, 2] if momentum else None,
+    )  # fmt: skip
+    wanted = gates_backward(make_gates(theta, log_a, log_n, None, constants["LATE"]), gradients, theta, log_a, log_n)
+    return [(_flat(a, c), b) for a, b in zip(found, wanted, strict=True) if a is not None and b is not None]  # type: ignore[misc]
+
+
+GATES = Kernel(neural_memory_gates, _configs, _forward_pairs)
+GATES_BACKWARD = Kernel(neural_memory_gates_backward, _configs, _backward_pairs)
+NAMES = ("H", "C", "RETENTION", "MOMENTUM", "LATE", "STATE", "PACKED", "GATE_PRECISION")

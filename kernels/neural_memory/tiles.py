@@ -1,0 +1,135 @@
+"""What the Triton kernels of neural memory share: tiles of tokens and matrices, gelu, LayerNorm, the gates of a step.
+
+Everything is in the notation of docs/neural_memory.md. A step is C consecutive slots of one memory's chunk (a whole
+chunk, or a part of one longer than a tile can be); ``tok`` [C] are its tokens' offsets, ``valid`` [C] whether a slot
+holds a token.
+"""
+
+import triton
+import triton.language as tl
+
+from .spec import LAYER_NORM_EPS
+
+EPS = tl.constexpr(LAYER_NORM_EPS)
+# gelu in its tanh form is x σ(w), w = SLOPE x + CUBE x³.
+SLOPE = tl.constexpr(1.5957691216057308)
+CUBE = tl.constexpr(0.07135481627159471)
+
+
+@triton.jit
+def product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b with operands rounded to DT, accumulated in float32."""
+    return tl.dot(a.to(DT), b.to(DT), input_precision=PRECISION)
+
+
+@triton.jit
+def token_rows(ptr, tok, valid, cols):
+    """[C, len(cols)] of a token tensor; zero in slots without a token."""
+    return tl.load(ptr + tok[:, None] + cols[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def token_columns(ptr, tok, valid, rows):
+    """The transpose of :func:`token_rows`, loaded as such: a transposed result of a product is never an operand."""
+    return tl.load(ptr + tok[None, :] + rows[:, None], mask=valid[None, :], other=0.0)
+
+
+@triton.jit
+def copy(target, source, COUNT: tl.constexpr):
+    """COUNT numbers, a power of two."""
+    BLOCK: tl.constexpr = min(COUNT, 2048)
+    at = tl.arange(0, BLOCK)
+    for i in range(0, COUNT, BLOCK):
+        tl.store(target + i + at, tl.load(source + i + at).to(target.dtype.element_ty))
+
+
+@triton.jit
+def clear(target, COUNT: tl.constexpr):
+    """COUNT zeros."""
+    BLOCK: tl.constexpr = min(COUNT, 2048)
+    at = tl.arange(0, BLOCK)
+    for i in range(0, COUNT, BLOCK):
+        tl.store(target + i + at, tl.zeros([BLOCK], target.dtype.element_ty))
+
+
+@triton.jit
+def fold(target, source, COUNT: tl.constexpr):
+    """target += source; source = 0."""
+    BLOCK: tl.constexpr = min(COUNT, 2048)
+    at = tl.arange(0, BLOCK)
+    for i in range(0, COUNT, BLOCK):
+        more = tl.load(source + i + at)
+        tl.store(target + i + at, tl.load(target + i + at) + more)
+        tl.store(source + i + at, tl.zeros([BLOCK], tl.float32))
+
+
+@triton.jit
+def gelu(x):
+    """gelu(x), and the σ(w) its derivatives are made of."""
+    sigma = 1.0 / (1.0 + tl.exp(-x * (SLOPE + CUBE * x * x)))
+    return x * sigma, sigma
+
+
+@triton.jit
+def gelu_slope(x, sigma):
+    """gelu′(x) = σ + x σ(1 − σ) w′."""
+    return sigma + x * sigma * (1.0 - sigma) * (SLOPE + 3.0 * CUBE * x * x)
+
+
+@triton.jit
+def gelu_curve(x, sigma):
+    """gelu″(x) = σ(1 − σ) (2 w′ + x (w″ + (1 − 2σ) w′²))."""
+    rate = SLOPE + 3.0 * CUBE * x * x
+    return sigma * (1.0 - sigma) * (2.0 * rate + x * (6.0 * CUBE * x + (1.0 - 2.0 * sigma) * rate * rate))
+
+
+@triton.jit
+def normalised(x, D: tl.constexpr):
+    """(x − mean) / std of each row, and 1 / std."""
+    centred = x - (tl.sum(x, 1) / D)[:, None]
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + EPS)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def project(x, normed, D: tl.constexpr):
+    """x − mean(x) − ẑ mean(x ⊙ ẑ), the symmetric map in LayerNorm's backward."""
+    return x - (tl.sum(x, 1) / D)[:, None] - normed * (tl.sum(x * normed, 1) / D)[:, None]
+
+
+@triton.jit
+def sequence(n, cu_ptr, position_ptr, T, PACKED: tl.constexpr, STATE: tl.constexpr):
+    """First token, length, and slots of the first chunk that earlier calls filled, of sequence n."""
+    if PACKED:
+        begin = tl.load(cu_ptr + n)
+        length = tl.load(cu_ptr + n + 1) - begin
+    else:
+        begin = n * T
+        length = T
+    place = begin * 0
+    if STATE:
+        place = tl.load(position_ptr + n)
+    return begin, length, place
+
+
+@triton.jit
+def step_tokens(j, begin, length, place, C: tl.constexpr):
+    """Tokens of step j of a sequence, counted over all rows [C], and which of its slots hold one."""
+    t = j * C + tl.arange(0, C) - place
+    return (begin + t).to(tl.int64), (t >= 0) & (t < length)
+
+
+@triton.jit
+def step_slot(j, n, begin, place, C: tl.constexpr):
+    """Where what belongs to step j of sequence n lies: a place of its own without a sum over sequences, each of which
+    has at most length // C + 2 steps."""
+    return (begin // C + 2 * n + j - place // C).to(tl.int64)
+
+
+@triton.jit
+def load_gates(vectors_ptr, ends_ptr, slot, C: tl.constexpr):
+    """A and f of the reads, Λ_c and P_c of the update [C], A_c, f_c and E_c of a step; gate_kernels.py makes them."""
+    at = vectors_ptr + slot * (4 * C) + tl.arange(0, C)
+    ends = ends_ptr + slot * 4
+    return (tl.load(at), tl.load(at + C), tl.load(at + 2 * C), tl.load(at + 3 * C), tl.load(ends), tl.load(ends + 1),
+            tl.load(ends + 2))  # fmt: skip

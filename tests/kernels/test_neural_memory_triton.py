@@ -1,0 +1,77 @@
+"""The Triton kernels of neural memory over all choices: every pair of them occurs together in one row of ``ARRAY``."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases_neural_memory import FIELDS, make
+from harness import Draw, OperationCase, check_equals_reference
+
+from palimpsest.kernels import MemorySpec, neural_memory
+
+#: network, depth, expansion, norm, residual, bias, retention, rule, chunk_size, read_after_write; packed, warm state.
+ARRAY = [
+    ("mlp", 2, 2, True, True, "dot", "l2", "momentum", 64, True, True, True),
+    ("mlp", 2, 1, False, False, "l2", "none", "gd", 32, True, False, False),
+    ("linear", 1, 1, False, True, "l2", "l2", "momentum", 128, False, False, True),
+    ("linear", 1, 1, True, False, "dot", "none", "gd", 16, False, True, True),
+    ("mlp", 2, 1, True, True, "dot", "none", "momentum", 128, False, True, False),
+    ("mlp", 2, 2, False, False, "l2", "l2", "momentum", 16, True, True, False),
+    ("mlp", 2, 2, True, False, "dot", "l2", "gd", 32, False, False, True),
+    ("linear", 1, 1, False, False, "dot", "none", "gd", 64, False, False, False),
+    ("mlp", 2, 1, True, True, "l2", "l2", "gd", 16, False, False, True),
+    ("linear", 1, 1, True, True, "l2", "none", "momentum", 32, True, True, False),
+    ("mlp", 2, 2, True, False, "dot", "none", "gd", 128, True, False, True),
+    ("mlp", 2, 1, False, True, "l2", "none", "momentum", 64, False, True, True),
+]
+#: Tokens: into the second chunk, past the kept state; of 128, into the second step of the second chunk.
+LENGTHS = {16: 35, 32: 45, 64: 70, 128: 200}
+# Sums of float32 products of up to 200 tokens, each with an error behind a LayerNorm in front of it: the torch path in
+# float32 is as far from float64.
+CLOSE = 1e-5
+
+
+def case_of(spec: MemorySpec, heads: int = 1) -> OperationCase:
+    """A case for the harness, of width 16."""
+    return OperationCase(
+        name="neural_memory",
+        operation="neural_memory",
+        call=neural_memory,
+        make=partial(make, spec=spec, heads=heads, width=16),
+        tokens=("q", "k", "v", "step", "log_retain", "log_momentum"),
+        state=True,
+        packed=True,
+        block=spec.chunk_size,
+        single=CLOSE,
+    )
+
+
+@pytest.mark.parametrize("row", ARRAY, ids=lambda row: "-".join(str(x) for x in row))
+def test_every_pair_of_choices_equals_the_reference(row: tuple[Any, ...]) -> None:
+    """Values, state and every gradient; two heads in the first row of each chunk size."""
+    network, depth, expansion, *rest, packed, warm = row
+    spec = MemorySpec(expansion=expansion, **dict(zip(FIELDS, (network, depth, *rest), strict=True)))
+    heads = 2 if spec.chunk_size == 16 else 1
+    check_equals_reference(
+        case_of(spec, heads), "triton", torch.float32, LENGTHS[spec.chunk_size], packed=packed, warm=warm
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"width": 8}, r"q\.shape\[-1\] was 8; it must be 16, 32, 64 or 128 for backend 'triton'"),
+        ({"depth": 3}, "depth was 3; it must be 1 or 2"),
+        ({"expansion": 3}, "expansion was 3; it must be 1, 2, 4 or 8"),
+        ({"chunk_size": 48}, "chunk_size was 48; it must be 16, 32 or a multiple of 64"),
+        ({"dtype": torch.float64}, r"q\.dtype was float64; it must be float32, bfloat16 or float16"),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_named(changes: dict[str, Any], named: str) -> None:
+    width, dtype = changes.pop("width", 16), changes.pop("dtype", torch.float32)
+    spec = MemorySpec(**({"expansion": 1, "chunk_size": 16} | changes))
+    given = make(Draw(0, dtype), 1, 3, spec=spec, heads=1, width=width)
+    with pytest.raises(ValueError, match=named):
+        neural_memory(**given, backend="triton")
+    neural_memory(**given)
