@@ -2,15 +2,17 @@
 
 report    costs, floors and compiled kernels of every operation; no GPU needed
 budgets   compile every kernel for GPUs that need not be there, and compare with what each may use
+bench     times beside the reference, chunked torch and other packages
+compare   two result files of bench, with a threshold
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from . import budgets, report
+from . import bench, budgets, compare, report
 
-COMMANDS = {"report": report, "budgets": budgets}
+COMMANDS = {"report": report, "budgets": budgets, "bench": bench, "compare": compare}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+HEAD_START = 2_000_000  # cycles of a GPU's clock
 M_MMAP_THRESHOLD = -3  # of malloc.h: blocks above it are mapped, and unmapped when freed
 
 
@@ -49,17 +50,45 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     return _resident("VmHWM") - before
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round; all take turns, so that a slow moment of the machine meets them alike."""
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round; all take turns, so that a slow moment of the machine meets them alike.
+
+    On a GPU by its own clock, and with its cache emptied before every call.
+    """
     for function in functions.values():
         function()
+    timed = _cpu_seconds if device == "cpu" else _gpu_timer()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(function))
     return seconds
+
+
+def _cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _gpu_timer() -> Callable[[Callable[[], object]], float]:
+    """A clock between two events. Before the first, 512 MiB, more than any cache in gpus.py, are written, and the GPU
+    waits a millisecond or so in which this process can queue what is timed: its own speed is not what is asked for."""
+    flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
+
+    def timed(function: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    return timed
 
 
 def ratio(seconds: Mapping[str, list[float]], of: str, to: str) -> float:

@@ -232,7 +232,7 @@ def _made() -> list[Workload]:
             partial(_linear, delta=function is delta_rule),
             partial(_linear_cost, operation=function.__name__),
             sizes,
-            FEW,
+            {**FEW, "D": sizes["D"]},
             {**TINY, "D": sizes["D"]},
         )
         for function in (delta_rule, linear_attention)
