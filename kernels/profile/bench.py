@@ -175,7 +175,12 @@ def measure(workload: Workload, sizes: Mapping[str, int], setting: Setting) -> l
     for kind, cost in costs.items():
         timed = interleave({name: each[kind] for name, each in right.items()}, setting.rounds, setting.device)
         for name in calls:
-            row = {"workload": workload.name, "sizes": dict(sizes), "pass": kind, "implementation": name}
+            row: dict[str, Any] = {
+                "workload": workload.name,
+                "sizes": dict(sizes),
+                "pass": kind,
+                "implementation": name,
+            }
             row |= {"dtype": str(setting.dtype).removeprefix("torch."), "check": verdicts[name]}
             if name in timed:
                 row["seconds"] = figures(timed[name], cost, BITS[setting.dtype], setting.gpu)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+Key = tuple[str, str, str, str, str]
 
 
-def keyed(path: Path) -> tuple[str, dict[tuple[str, ...], Row]]:
+def keyed(path: Path) -> tuple[str, dict[Key, Row]]:
     """The GPU (or ``CPU``) of a file, and its rows by workload, sizes, dtype, pass and implementation.
 
     Raises:
@@ -25,7 +26,7 @@ def keyed(path: Path) -> tuple[str, dict[tuple[str, ...], Row]]:
     whole = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(whole, dict) or "rows" not in whole or "machine" not in whole:
         raise ValueError(f"file was {path}; it must be what bench --json wrote")
-    rows = {
+    rows: dict[Key, Row] = {
         (row["workload"], json.dumps(row["sizes"]), row["dtype"], row["pass"], row["implementation"]): row
         for row in whole["rows"]
     }
