@@ -13,6 +13,8 @@ from ..op import flop_formula
 from ..operator import absent, operator
 from .cost import cost
 
+LOGITS = 2**22  # held at a time when ``chunk`` is not given
+
 
 class Chunk:
     """Losses of a few tokens, and their gradients, which consume the logits in place."""
@@ -168,9 +170,11 @@ def linear_cross_entropy(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    chunk: int,
+    chunk: int | None,
+    threshold: float | None,
 ) -> Tensor:
-    """The registered operator for x [N, d] and target [N], and the mean over the tokens that count."""
+    """The registered operator for x [N, d] and target [N], and the mean over the tokens that count; no filter."""
+    chunk = max(1, LOGITS // weight.shape[0]) if chunk is None else chunk
     total = reduction != "none"
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss = forward(x, weight, target, ignore_index, label_smoothing, z_loss, softcap, chunk, total, wanted)[0]

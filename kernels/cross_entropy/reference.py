@@ -13,9 +13,10 @@ def linear_cross_entropy(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    chunk: int,
+    chunk: int | None,
+    threshold: float | None,
 ) -> Tensor:
-    """The loss of x [N, d] and target [N], as the public function defines it; ``chunk`` is not needed here."""
+    """The loss of x [N, d] and target [N], as the public function defines it, in one piece and unfiltered."""
     kind = torch.promote_types(x.dtype, torch.float32)
     losses = []
     for token, label in zip(x, target.tolist(), strict=True):

@@ -10,12 +10,12 @@ from palimpsest.kernels.cross_entropy.cost import cost
 from palimpsest.kernels.op import Cost
 
 
-def make(draw: Draw, batch: int, length: int, **options: Any) -> dict[str, Any]:
-    """Width 7, a vocabulary of 11, chunks that cut across rows."""
+def make(draw: Draw, batch: int, length: int, vocabulary: int = 11, **options: Any) -> dict[str, Any]:
+    """Width 7, chunks that cut across rows."""
     return {
         "x": draw.normal(batch, length, 7),
-        "weight": Draw(5, draw.dtype).normal(11, 7),
-        "target": draw.integers(11, batch, length),
+        "weight": Draw(5, draw.dtype).normal(vocabulary, 7),
+        "target": draw.integers(vocabulary, batch, length),
         "reduction": "none",
         "chunk": 5,
         **options,
@@ -28,9 +28,15 @@ def costs(arguments: dict[str, Any]) -> tuple[Cost, Cost]:
     return cost(*shapes), cost(*shapes, reduction="none", backward=True)
 
 
-for name, options in {
-    "plain": {},
-    "smoothing_z_softcap": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0},
+for name, (options, backends) in {
+    "plain": ({}, ("reference", "torch")),
+    "smoothing_z_softcap": ({"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}, ("reference", "torch")),
+    # Two spans of the vocabulary.
+    "triton": ({"vocabulary": 140, "chunk": 1}, ("triton",)),
+    "triton_all": (
+        {"vocabulary": 140, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0, "filter": 1e-30},
+        ("triton",),
+    ),
 }.items():
     register_case(
         OperationCase(
@@ -40,5 +46,6 @@ for name, options in {
             make=partial(make, **options),
             tokens=("x", "target"),
             cost=costs,
+            backends=backends,
         )
     )

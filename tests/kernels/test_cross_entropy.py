@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from triton_checks import check_configurations
 
 from palimpsest.kernels import linear_cross_entropy
 from palimpsest.kernels.cross_entropy import chunked
+from palimpsest.kernels.cross_entropy import forward as launching
 from palimpsest.kernels.cross_entropy.cost import cost
 
 TOKENS, WIDTH, VOCABULARY = 23, 7, 11
@@ -190,6 +192,75 @@ def test_reductions_compile_and_pass_opcheck(reduction: str) -> None:
         torch.library.opcheck(torch.ops.palimpsest.linear_cross_entropy.default, arguments)
 
 
+def wide_vocabulary(seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """150 tokens of width 20 and 300 entries: several blocks of both, the last ones not full."""
+    source = Draw(seed, torch.float32)
+    target = source.integers(300, 150)
+    target[::7] = -100
+    x, weight = source.normal(150, 20, scale=scale), source.normal(300, 20)
+    return x.requires_grad_(), weight.requires_grad_(), target
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing, z_loss, softcap", [(0.0, 0.0, None), (0.1, 0.3, 2.0), (1.0, 0.0, None)])
+def test_kernels_equal_the_reference(
+    reduction: str, smoothing: float, z_loss: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over three spans of the forward, and of the backward where ``chunk`` makes it so."""
+    monkeypatch.setattr(launching, "SPAN", 128)
+    x, weight, target = wide_vocabulary()
+    options = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "reduction": reduction}
+    wide = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    wanted = results(partial(linear_cross_entropy, target=target, **options, backend="reference"), *wide)
+    for chunk in (None, 5):
+        run = partial(linear_cross_entropy, target=target, **options, chunk=chunk, backend="triton")
+        found = results(run, x, weight)
+        assert_close(found, wanted, SINGLE, f"chunk {chunk}")
+        assert not found[1][target == -100].any()
+
+
+def test_every_configuration_is_right() -> None:
+    def call() -> None:
+        x, weight, target = wide_vocabulary()
+        options = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "chunk": 5, "backend": "triton"}
+        linear_cross_entropy(x, weight, target, **options).backward()
+
+    check_configurations(call)
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.1])
+def test_filtered_gradients_are_within_their_bound(threshold: float) -> None:
+    """Entries that are unlikely for every token: their blocks are skipped, and only these."""
+    x, weight, target = wide_vocabulary(scale=0.5)
+    weight.data[128:] *= 0.1
+    target = torch.where(target < 0, target, target % 128)
+    grad = Draw(3, torch.float32).normal(150) * (target != -100)
+    run = partial(linear_cross_entropy, target=target, reduction="none")
+    exact = torch.autograd.grad(run(x, weight), (x, weight), grad)
+    assert_same(torch.autograd.grad(run(x, weight, filter=threshold), (x, weight), grad), exact, "plain torch is exact")
+    found = torch.autograd.grad(run(x, weight, filter=threshold, backend="triton"), (x, weight), grad)
+    of_x = threshold * grad.abs()[:, None] * weight.detach().abs().sum(0)
+    of_weight = threshold * (grad[:, None] * x.detach()).abs().sum(0)
+    for a, b, bound in zip(found, exact, (of_x, of_weight), strict=True):
+        assert ((a - b).abs() <= bound).all() and error(a, b) > 1e-3
+    slopes = (torch.softmax(x @ weight.T, 1) - F.one_hot(target.clamp(min=0), 300)).detach() * (target >= 0)[:, None]
+    for rows, columns in product(slopes.split(128), (slice(0, 128), slice(128, 256), slice(256, 300))):
+        if rows[:, columns].abs().max() < threshold:
+            rows[:, columns] = 0
+    slopes *= grad[:, None]
+    assert_close(found, [slopes @ weight.detach(), slopes.T @ x.detach()], 1e-5, "every other block counts")
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_kernels_of_few_tokens(tokens: int) -> None:
+    x, weight, target = wide_vocabulary()
+    loss = linear_cross_entropy(x[:tokens], weight, target[:tokens] % 300, backend="triton")
+    wanted = linear_cross_entropy(x[:tokens], weight, target[:tokens] % 300, backend="torch")
+    assert_close([loss.detach()], [wanted.detach()], SINGLE, "loss")
+    gradients = (torch.autograd.grad(y, (x, weight)) for y in (loss, wanted))
+    assert_close(*gradients, SINGLE, "gradients")
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
@@ -209,6 +280,8 @@ def test_reductions_compile_and_pass_opcheck(reduction: str) -> None:
         ({"z_loss": -1.0}, "z_loss"),
         ({"softcap": 0.0}, "softcap"),
         ({"chunk": 0}, "chunk"),
+        ({"filter": 0.0}, "filter"),
+        ({"filter": 2.0}, "filter"),
         ({"backend": "cuda"}, "backend"),
     ],
 )
