@@ -24,24 +24,39 @@ SLOPE = 2.0 * (2.0 / torch.pi) ** 0.5
 CUBE = SLOPE * 0.044715
 
 
-def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(x), and the σ(w) its derivatives are made of."""
-    sigma = (x * x).mul_(CUBE).add_(SLOPE).mul_(x).sigmoid_()
-    return x * sigma, sigma
+@dataclass
+class Gelu:
+    """What gelu′ and gelu″ at x share: with w′ = SLOPE + 3 CUBE x², ``turn`` is x w′ / 3 and ``bell`` is σ(1 − σ).
+
+    Each line below is one pass over memory, which is what these functions cost.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    turn: Tensor  # w until slope() is asked for
+    bell: Tensor | None = None
+
+    def slope(self) -> Tensor:
+        """gelu′(x) = σ + x σ(1 − σ) w′; once only."""
+        self.turn = self.turn.sub_(self.x, alpha=2.0 * SLOPE / 3.0)  # x w′ = 3 w − 2 SLOPE x
+        self.bell = torch.addcmul(self.sigma, self.sigma, self.sigma, value=-1.0)
+        return torch.addcmul(self.sigma, self.bell, self.turn, value=3.0)
+
+    def curve(self) -> Tensor:
+        """gelu″(x) = σ(1 − σ) (2 w′ + x w″ + (1 − 2σ) x w′²), after :meth:`slope`; 2 w′ + x w″ is 4 w′ − 2 SLOPE."""
+        assert self.bell is not None
+        square = self.x * self.x
+        out = torch.rsub(square, 2.0 * SLOPE, alpha=-12.0 * CUBE)
+        rate = torch.rsub(square, SLOPE, alpha=-3.0 * CUBE)
+        bend = torch.rsub(self.sigma, 1.0, alpha=2.0).mul_(self.turn)
+        return out.addcmul_(bend, rate, value=3.0).mul_(self.bell)
 
 
-def gelu_slope(x: Tensor, sigma: Tensor) -> Tensor:
-    """gelu′(x) = σ + x σ(1 − σ) w′."""
-    inner = (x * x).mul_(3.0 * CUBE).add_(SLOPE).mul_(x)
-    return inner.mul_(sigma - sigma * sigma).add_(sigma)
-
-
-def gelu_curve(x: Tensor, sigma: Tensor) -> Tensor:
-    """gelu″(x) = σ(1 − σ) (2 w′ + x (w″ + (1 − 2σ) w′²))."""
-    square = x * x
-    rate = (square * (3.0 * CUBE)).add_(SLOPE)
-    bend = (sigma * -2.0).add_(1.0).mul_(rate).mul_(rate).mul_(x)
-    return bend.add_(square, alpha=6.0 * CUBE).add_(rate, alpha=2.0).mul_(sigma - sigma * sigma)
+def gelu(x: Tensor) -> tuple[Tensor, Gelu]:
+    """gelu(x) = x σ(w), and what its derivatives are made of."""
+    w = torch.rsub(x * x, SLOPE, alpha=-CUBE).mul_(x)
+    sigma = torch.sigmoid(w)
+    return x * sigma, Gelu(x, sigma, w)
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,11 +90,11 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Errors:
-    """The inner pass over the chunk's keys at the anchor. Index i is the layer; ``sigma`` is gelu's, after layer i."""
+    """The inner pass over the chunk's keys at the anchor. Index i is the layer; gelus follow all layers but the last,
+    at Z_i = X_i U_i."""
 
     inputs: list[Tensor]  # X_i [M, c, in]
-    before: list[Tensor]  # Z_i = X_i U_i of every layer but the last
-    sigma: list[Tensor]
+    gelus: list[Gelu]
     slope: list[Tensor]  # gelu′(Z_i)
     back: list[Tensor]  # Δ_{i+1} U_{i+1}ᵀ
     deltas: list[Tensor]  # Δ_i [M, c, out]
@@ -96,8 +111,7 @@ class Read:
     scaled: list[Tensor]  # [A ⊙ h ‖ f ⊙ h], [M, c, 2·in]
     products: list[Tensor]  # h Xᵀ [M, c, c]
     scores: list[Tensor]  # Λ ⊙ h Xᵀ
-    before: list[Tensor]
-    sigma: list[Tensor]
+    gelus: list[Gelu]
     unit: Tensor | None
     rstd: Tensor | None
 
@@ -115,14 +129,13 @@ class Chunk:
 
 def inner_pass(k: Tensor, v: Tensor, anchor: Sequence[Tensor], norm: Tensor | None, spec: MemorySpec) -> Errors:
     """X_i and Δ_i for k, v [M, c, ·] at the anchor; norm [M, 1, out]."""
-    inputs, before, sigmas, slopes, back = [k], [], [], [], []
+    inputs, gelus, slopes, back = [k], [], [], []
     last = torch.bmm(k, anchor[0])
     for weight in anchor[1:]:
-        hidden, sigma = gelu(last)
+        hidden, at = gelu(last)
         inputs.append(hidden)
-        before.append(last)
-        sigmas.append(sigma)
-        slopes.append(gelu_slope(last, sigma))
+        gelus.append(at)
+        slopes.append(at.slope())
         last = torch.bmm(hidden, weight)
     unit = rstd = None
     if norm is not None:
@@ -140,7 +153,7 @@ def inner_pass(k: Tensor, v: Tensor, anchor: Sequence[Tensor], norm: Tensor | No
     for i in range(len(anchor) - 1, 0, -1):
         back.append(torch.bmm(deltas[-1], anchor[i].mT))
         deltas.append(back[-1] * slopes[i - 1])
-    return Errors(inputs, before, sigmas, slopes, back[::-1], deltas[::-1], unit, rstd, error)
+    return Errors(inputs, gelus, slopes, back[::-1], deltas[::-1], unit, rstd, error)
 
 
 def inner_pass_backward(
@@ -156,8 +169,7 @@ def inner_pass_backward(
     d_before = []
     for i in range(len(anchor) - 1):  # δ_i = (δ_{i+1} Uᵀ) ⊙ gelu′(Z_i), from the first layer upwards
         d_back = d_deltas[i] * e.slope[i]
-        curve = gelu_curve(e.before[i], e.sigma[i])
-        d_before.append(curve.mul_(e.back[i]).mul_(d_deltas[i]))
+        d_before.append(e.gelus[i].curve().mul_(e.back[i]).mul_(d_deltas[i]))
         d_deltas[i + 1].baddbmm_(d_back, anchor[i + 1])
         d_anchor.append(torch.bmm(d_back.mT, e.deltas[i + 1]))
     d_last = d_norm = None
@@ -206,13 +218,12 @@ def read_pass(
 ) -> tuple[Tensor, Read]:
     """M(q_t; W_t) for every token, [M, c, out]."""
     retain, carry, write = _read_columns(gates)
-    r = Read([], [], [], [], [], [], None, None)
+    r = Read([], [], [], [], [], None, None)
     hidden = out = q
     for i, state in enumerate(states):
         if i:
-            r.before.append(out)
-            hidden, sigma = gelu(out)
-            r.sigma.append(sigma)
+            hidden, at = gelu(out)
+            r.gelus.append(at)
         scaled = _pair(hidden, retain, carry)
         product = torch.bmm(hidden, e.inputs[i].mT)
         scores = product * write
@@ -265,7 +276,7 @@ def read_pass_backward(
         d_hidden.baddbmm_(d_product, e.inputs[i])
         d_inputs.append(torch.bmm(d_product.mT, hidden))
         if i:
-            d_now = d_hidden.mul_(gelu_slope(r.before[i - 1], r.sigma[i - 1]))
+            d_now = d_hidden.mul_(r.gelus[i - 1].slope())
     d_q = d_hidden + d_out if spec.residual else d_hidden
     return d_q, d_inputs[::-1], d_deltas[::-1], d_norm, (d_write, d_retain, d_carry)
 
