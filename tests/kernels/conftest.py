@@ -1,4 +1,8 @@
-"""Lets the tests of this room import the harness and the cases that lie beside them, and run Triton without a GPU."""
+"""Lets the tests of this room import the harness and the cases that lie beside them, and run Triton without a GPU.
+
+``PALIMPSEST_TEST_DEVICE`` chooses the device of the conformance suite (a GPU where there is one); ``PALIMPSEST_SHARD``,
+as ``0/4``, runs the first of four equal parts of the tests.
+"""
 
 import importlib.util
 import os
@@ -7,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,7 +39,17 @@ def hasten_interpreter() -> None:
     builder.options = replace(builder.options, sanitize_overflow=False)
 
 
-if not torch.cuda.is_available():
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep this process's share."""
+    if "PALIMPSEST_SHARD" not in os.environ:
+        return
+    number, parts = map(int, os.environ["PALIMPSEST_SHARD"].split("/"))
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != number])
+    items[:] = items[number::parts]
+
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS chooses among algorithms: repeats may differ
+if (os.environ.get("PALIMPSEST_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton reads it then
     if importlib.util.find_spec("triton") is not None:
         hasten_interpreter()

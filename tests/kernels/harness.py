@@ -2,8 +2,10 @@
 
 A case is registered by a file ``cases_<operation>.py`` beside this one, which calls :func:`register_case`;
 ``test_conformance.py`` runs all checks that apply over all cases and backends. Nothing here knows any operation.
+Tensors are on ``DEVICE``: a GPU where there is one, or what ``PALIMPSEST_TEST_DEVICE`` says.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +23,14 @@ from palimpsest.kernels.op import OPERATIONS, Cost
 EXACT = 1e-12
 # The same sums in float32, whose unit is 6e-8: about 80 units, against the reference in float64 on the same numbers.
 SINGLE = 5e-6
+# The same on a GPU: its exponentials are right to 2^-22, and a float32 product there is three of tf32, which leave out
+# the product of two remainders, as much again.
+GPU_SINGLE = 5e-5
 # Inputs are exact, arithmetic is float32, outputs and gradients are rounded to 8 bits (unit 2^-9), some of them twice
 # on their way through the backward.
 HALF = 2**-7
 
+DEVICE = os.environ.get("PALIMPSEST_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 BORDERS = (0, 0, 5, 6, 13)  # packed documents: an empty one, and one of a single token; a last one takes the rest
 
 
@@ -77,6 +83,11 @@ class OperationCase:
     backends: tuple[str, ...] = ("reference", "torch")
 
     @property
+    def tolerance(self) -> float:
+        """In float32, on this device."""
+        return self.single if DEVICE == "cpu" else max(self.single, GPU_SINGLE)
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Lengths at which an implementation in blocks has its borders."""
         return tuple(sorted({1, max(1, self.block - 1), self.block, self.block + 1, 2 * self.block + 3}))
@@ -87,11 +98,11 @@ class OperationCase:
 
     def close(self, backend: str) -> float:
         """The tolerance between two of a backend's own results, in that dtype."""
-        return self.single if backend == "triton" else self.exact
+        return self.tolerance if backend == "triton" else self.exact
 
     def arguments(self, seed: int, dtype: torch.dtype, batch: int, length: int) -> dict[str, Any]:
         """Keyword arguments drawn from a seed."""
-        return self.make(Draw(seed, dtype), batch, length)
+        return tree_map_only(Tensor, lambda x: x.to(DEVICE), self.make(Draw(seed, dtype), batch, length))
 
     def run(self, arguments: dict[str, Any], backend: str, **extra: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Output and state ({} for an operation that has none)."""
@@ -140,7 +151,7 @@ def cut(case: OperationCase, arguments: dict[str, Any], time: slice, rows: slice
 
 def borders(length: int) -> Tensor:
     """cu_seqlens of documents of unequal lengths in a row of ``length``."""
-    return torch.tensor([*(b for b in BORDERS if b < length), length], dtype=torch.int32)
+    return torch.tensor([*(b for b in BORDERS if b < length), length], dtype=torch.int32, device=DEVICE)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -179,7 +190,7 @@ def outputs_and_gradients(
     output, after = case.run(arguments, backend, **extra)
     found = [output, *floats(after)]
     draw = Draw(99, torch.float64)
-    loss = sum((x * draw.normal(*x.shape).to(x.dtype)).sum() for x in found)
+    loss = sum((x * draw.normal(*x.shape).to(x)).sum() for x in found)
     wanted = floats([arguments, extra.get("state")])
     gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)  # type: ignore[arg-type]
     return [x.detach() for x in found], list(gradients)
@@ -213,7 +224,7 @@ def check_equals_reference(
     found, gradients = outputs_and_gradients(case, arguments, backend, **extra)
     wide = to_dtype(extra, torch.float64)
     wanted, expected = outputs_and_gradients(case, to_dtype(arguments, torch.float64), "reference", **wide)
-    tolerance = {torch.float64: case.exact, torch.float32: case.single}.get(dtype, HALF)
+    tolerance = {torch.float64: case.exact, torch.float32: case.tolerance}.get(dtype, HALF)
     assert_close(found, wanted, tolerance, "values")
     assert_close(gradients, expected, tolerance, "gradients")
 
@@ -316,7 +327,7 @@ def check_split(case: OperationCase, backend: str, length: int, cuts: Sequence[i
     joined = torch.cat(parts, 1)
     assert_close([joined], [whole], tolerance, f"cut at {list(cuts)}")
     assert_state(state, end, tolerance, f"final state, cut at {list(cuts)}")
-    weight = Draw(3, whole.dtype).normal(*whole.shape)
+    weight = Draw(3, whole.dtype).normal(*whole.shape).to(DEVICE)
     found, wanted = (
         torch.autograd.grad((y * weight).sum(), floats(arguments), materialize_grads=True) for y in (joined, whole)
     )
@@ -344,7 +355,7 @@ def check_poisoned(case: OperationCase, backend: str, *, packed: bool, warm: boo
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        assert torch.empty(3).isnan().all(), "poisoning must work for the check to mean anything"
+        assert torch.empty(3, device=DEVICE).isnan().all(), "poisoning must work for the check to mean anything"
         poisoned = outputs_and_gradients(case, arguments, backend, **extra)
     finally:
         torch.use_deterministic_algorithms(was[0])
@@ -394,7 +405,7 @@ def check_compile(case: OperationCase, backend: str, *, packed: bool, warm: bool
     output, after = compiled(arguments, backend, **extra)
     found = [output, *floats(after)]
     draw = Draw(99, torch.float64)
-    loss = sum((x * draw.normal(*x.shape, dtype=x.dtype)).sum() for x in found)
+    loss = sum((x * draw.normal(*x.shape).to(x)).sum() for x in found)
     gradients = torch.autograd.grad(loss, floats([arguments, extra.get("state")]), materialize_grads=True)
     assert_close([*found, *gradients], sum(expected, []), case.close(backend), "compiled")
 
@@ -403,7 +414,7 @@ def check_autocast(case: OperationCase, backend: str) -> None:
     """Autocast, under which a model calls it, changes nothing: an operation computes in the dtypes it is given."""
     arguments, extra = situation(case, torch.float32, case.block + 1, packed=False, warm=case.state)
     wanted = outputs_and_gradients(case, arguments, backend, **extra)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         found = outputs_and_gradients(case, arguments, backend, **extra)
     assert_same([*found[0], *found[1]], [*wanted[0], *wanted[1]], "under autocast")
 
