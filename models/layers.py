@@ -168,7 +168,7 @@ def rotary_table(
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (x_2i, x_2i+1) turned by their angles: one complex product, a sixth of the time of the real ones."""
+    """The pairs (x_2i, x_2i+1) turned by their angles: one complex product, fewer passes than the real ones."""
     wide = x.to(cos.dtype)
     if torch.compiler.is_compiling():  # which fuses real products, and knows no complex ones
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
@@ -210,7 +210,7 @@ def _turns(
     length: int, heads: int, width: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """e^{i angle} [1, T, heads, D/2] of rows that begin at 0, and its conjugate; repeated for every head, because a
-    product whose inner loop is one head wide takes twice the time."""
+    product whose inner loop is one head wide is slower."""
     with torch.inference_mode(False):
         turn = torch.complex(*_table(length, width, base, dtype, device)).expand(1, length, heads, width // 2)
         return turn.contiguous(), turn.conj().resolve_conj().contiguous()

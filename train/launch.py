@@ -52,8 +52,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next step, on a CPU.
 
-    By default it hands large blocks back to the system, which gives them again page by page, zeroed: a tenth of a
-    training step of a memory layer. Elsewhere (another C library, another system) nothing is done.
+    By default it hands large blocks back to the system, which gives them again page by page, zeroed, at the
+    price of a page fault each. Elsewhere (another C library, another system) nothing is done.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -32,7 +32,6 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Fused AdamW over :func:`decay_groups`: one pass over each parameter.
 
-    On one CPU thread 0.84 ms an update at 4 layers x 128, against 3.2 for ``foreach`` and 3.6 for the plain loop.
     Called after the model is spread over processes, for sharding replaces its parameters.
     """
     decaying, others = decay_groups(model)
