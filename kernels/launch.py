@@ -150,6 +150,11 @@ def is_planning() -> bool:
     return _plan is not None
 
 
+def is_forced() -> bool:
+    """Whether some kernel's configuration is set from outside: a canary or a test is running."""
+    return bool(_forced)
+
+
 @contextmanager
 def forced(kernel: Kernel, config: Config) -> Iterator[None]:
     """Inside, ``kernel`` takes this configuration, checked or not."""
