@@ -71,15 +71,16 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         gate, up = (torch.nn.functional.linear(x, w) for w in weight.chunk(2))
-        ctx.save_for_backward(x, weight, gate, up)
-        return F.silu(gate).mul_(up)
+        opened = F.silu(gate)  # kept: making it again costs more than the memory it takes
+        ctx.save_for_backward(x, weight, gate, up, opened)
+        return opened * up
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight, gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
+        x, weight, gate, up, opened = ctx.saved_tensors  # type: ignore[attr-defined]
         (w_gate, w_up), d_weight = weight.chunk(2), torch.empty_like(weight)
-        d_up = F.silu(gate).mul_(grad).flatten(0, -2)
+        d_up = (opened * grad).flatten(0, -2)
         d_gate = grad * up
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         d_gate, flat = d_gate.flatten(0, -2), x.flatten(0, -2)

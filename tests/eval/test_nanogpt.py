@@ -33,6 +33,9 @@ class GPT(nn.Module):
         self.mix = nn.ModuleList(nn.Linear(d, 12 * d, bias=config.bias) for _ in range(config.n_layer))
         self.head = nn.Linear(d, config.vocab_size, bias=False)
 
+    def get_num_params(self):  # without positions, of which this one has none
+        return sum(p.numel() for p in self.parameters())
+
     def forward(self, tokens, targets):
         x = self.embed(tokens)
         for mix in self.mix:
