@@ -8,14 +8,20 @@ from torch import Tensor
 from .. import check
 from ..op import register
 from ..packing import tail
-from . import chunked, reference
+from . import chunked, flash, fused, reference
 from .cost import cost
 
 __all__ = ["window_attention"]
 
 OPERATION = register(
-    "window_attention", cost=cost, reference=reference.window_attention, torch=chunked.window_attention
+    "window_attention",
+    cost=cost,
+    reference=reference.window_attention,
+    torch=chunked.window_attention,
+    triton=fused.window_attention,
 )
+
+WIDEST = 128  # heads whose tiles fit the registers of the Triton kernels
 
 
 def window_attention(
@@ -49,7 +55,8 @@ def window_attention(
             window, entries beyond the last window - 1 are not read.
         cu_seqlens: int32 [N + 1], borders of documents packed into one row (B = 1).
         return_state: also return the state after the last token, min(S + T, window - 1) entries per row.
-        backend: "reference" or "torch"; None: see :func:`palimpsest.kernels.backend.resolve`.
+        backend: "reference", "torch" or "triton" (not float64, D <= 128); None: on a GPU flash-attn or torch's own
+            attention where one of them has the call, else see :func:`palimpsest.kernels.backend.resolve`.
 
     Returns: o [B, T, H, D] and the state, or None.
 
@@ -62,8 +69,20 @@ def window_attention(
     if state is not None and state["k"].shape[1] == 0:
         state = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o = OPERATION.choose(q.device, backend)(q, k, v, prefix, state, cu_seqlens, window, scale)
+    run = OPERATION.choose(q.device, backend, _unfit(q))
+    if backend is None and run is fused.window_attention and prefix is None and state is None:
+        everything = window is None and cu_seqlens is None
+        if flash.choose(q.device, q.dtype, q.shape[3], everything) is not None:
+            run = chunked.window_attention
+    o = run(q, k, v, prefix, state, cu_seqlens, window, scale)
     return o, _next_state(k, v, window, state, cu_seqlens) if return_state else None
+
+
+def _unfit(q: Tensor) -> tuple[str, object, str] | None:
+    """Why the Triton kernels do not cover a call."""
+    if q.shape[3] > WIDEST:
+        return "D of q", q.shape[3], f"be at most {WIDEST}"
+    return check.no_float64("q", q)
 
 
 def _next_state(

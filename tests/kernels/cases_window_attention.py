@@ -10,10 +10,12 @@ from palimpsest.kernels.window_attention import window_attention
 from palimpsest.kernels.window_attention.cost import cost
 
 
-def make(draw: Draw, batch: int, length: int, *, shared: int, prefix: int, window: int | None) -> dict[str, Any]:
-    """Four heads of width 8 over ``shared`` key heads."""
+def make(
+    draw: Draw, batch: int, length: int, *, shared: int, prefix: int, window: int | None, heads: int = 4
+) -> dict[str, Any]:
+    """Heads of width 8 over ``shared`` key heads."""
     arguments: dict[str, Any] = {
-        "q": draw.normal(batch, length, 4, 8),
+        "q": draw.normal(batch, length, heads, 8),
         "k": draw.normal(batch, length, shared, 8),
         "v": draw.normal(batch, length, shared, 8),
         "window": window,
@@ -49,5 +51,25 @@ for name, options in {
             packed=True,
             block=6,
             cost=costs,
+        )
+    )
+
+for name, options in {
+    "triton": {"shared": 1, "prefix": 3, "window": 4, "heads": 2},
+    "triton_full": {"shared": 1, "prefix": 0, "window": None, "heads": 1},
+}.items():
+    everything = bool(options["prefix"])
+    register_case(
+        OperationCase(
+            name=f"window_attention/{name}",
+            operation="window_attention",
+            call=window_attention,
+            make=partial(make, **options),
+            tokens=("q", "k", "v"),
+            state=everything,
+            packed=everything,
+            block=4,
+            cost=costs,
+            backends=("triton",),
         )
     )

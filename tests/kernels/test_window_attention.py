@@ -8,14 +8,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import EXACT, Draw, assert_close, assert_same, leaves
+from harness import EXACT, SINGLE, Draw, assert_close, assert_same, leaves
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from triton_checks import check_configurations
 
 from palimpsest.kernels import window_attention
+from palimpsest.kernels.launch import Config, forced
+from palimpsest.kernels.window_attention import backward as by_keys
 from palimpsest.kernels.window_attention import blocks as block_module
-from palimpsest.kernels.window_attention import chunked, flash
+from palimpsest.kernels.window_attention import chunked, flash, fused
+from palimpsest.kernels.window_attention import forward as by_queries
 from palimpsest.kernels.window_attention.blocks import blocks
 from palimpsest.kernels.window_attention.cost import cost, pairs
 
@@ -88,21 +92,91 @@ def test_the_window_holds_exactly_its_tokens(backend: str) -> None:
         assert seen.nonzero().flatten().tolist() == list(range(max(0, t - 6), t + 1))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_a_row_with_count_zero_is_a_fresh_row(backend: str) -> None:
     """Whatever lies in slots that hold no token, NaN too, reaches nothing."""
-    q, k, v = draw(3, 4)
-    old_k, old_v = (Draw(s, torch.float64).normal(3, 5, 2, 8) for s in (1, 2))
+    kind, close = (torch.float32, SINGLE) if backend == "triton" else (torch.float64, EXACT)
+    q, k, v = (x.to(kind) for x in draw(3, 4))
+    old_k, old_v = (Draw(s, kind).normal(3, 5, 2, 8) for s in (1, 2))
     old_k[1], old_v[1] = torch.nan, torch.nan
     old_k[2, :3], old_v[2, :3] = torch.inf, torch.nan
     state = {"k": old_k, "v": old_v, "count": torch.tensor([5, 0, 2], dtype=torch.int32)}
     found, after = window_attention(q, k, v, window=6, state=state, return_state=True, backend=backend)
     fresh, _ = window_attention(q[1:2], k[1:2], v[1:2], window=6, backend=backend)
-    assert_close([found[1:2]], [fresh], EXACT, "fresh row")
+    assert_close([found[1:2]], [fresh], close, "fresh row")
     short = {"k": old_k[2:, 3:], "v": old_v[2:, 3:], "count": torch.tensor([2], dtype=torch.int32)}
     shorter, _ = window_attention(q[2:], k[2:], v[2:], window=6, state=short, backend=backend)
-    assert_close([found[2:]], [shorter], EXACT, "row of two")
+    assert_close([found[2:]], [shorter], close, "row of two")
     assert after["count"].tolist() == [5, 4, 5]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_kernels_of_small_tiles(window: int | None, packed: bool) -> None:
+    """Several blocks of everything: queries, keys, prefix and cache; spans of the prefix, too."""
+    source = Draw(9, torch.float64)
+    rows, caches = (1, 4) if packed else (2, 2)
+    options = {
+        "window": window,
+        "prefix": (source.normal(19, 1, 8), source.normal(19, 1, 8)),
+        "state": {
+            "k": source.normal(caches, 21, 1, 8),
+            "v": source.normal(caches, 21, 1, 8),
+            "count": torch.tensor([17, 0, 5, 21][:caches], dtype=torch.int32),
+        },
+        "cu_seqlens": torch.tensor([0, 1, 30, 30, 45], dtype=torch.int32) if packed else None,
+    }
+    tensors = draw(rows, 45, 2, 1)
+    wanted = gradients("reference", tensors, **options)
+    narrow = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, [tensors, options])
+    small = Config((("BLOCK_M", 16), ("BLOCK_N", 16)))
+    with pytest.MonkeyPatch.context() as patch, forced(by_queries.QUERIES, small), forced(by_keys.KEYS, small):
+        patch.setattr(by_keys, "SPAN", 32)
+        found = gradients("triton", narrow[0], **narrow[1])
+    assert_close(found, wanted, SINGLE, f"window {window}")
+
+
+def test_every_configuration_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_queries, "LENGTH", 100)
+
+    def call() -> None:
+        q, k, v = (x.float().requires_grad_() for x in draw(1, 20, 2, 1))
+        state = {"k": k.detach(), "v": v.detach(), "count": torch.tensor([20], dtype=torch.int32)}
+        borders = torch.tensor([0, 20], dtype=torch.int32)
+        extras = {"prefix": (k.detach()[0], v.detach()[0]), "state": state, "cu_seqlens": borders}
+        window_attention(q, k, v, window=40, **extras, backend="triton")[0].sum().backward()
+
+    check_configurations(call)
+
+
+def test_heads_of_a_fused_projection_are_read_in_place() -> None:
+    joined = Draw(3, torch.float32).normal(2, 9, 3 * 16)
+    parts = [x.unflatten(-1, (2, 8)) for x in joined.split(16, -1)]
+    assert all(by_queries.rows(x) is x for x in parts)
+    assert by_queries.rows(parts[0][:, 1:]) is not parts[0][:, 1:]
+    wanted = window_attention(*(x.contiguous() for x in parts), window=4, backend="triton")[0]
+    assert_same([window_attention(*parts, window=4, backend="triton")[0]], [wanted], "views")
+
+
+def test_what_the_kernels_do_not_cover_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^q.dtype was float64; it must be float32 or narrower for backend 'triton'"):
+        window_attention(*draw(1, 4), backend="triton")
+    with pytest.raises(ValueError, match=r"^D of q was 136; it must be at most 128 for backend 'triton'"):
+        window_attention(*(torch.zeros(1, 2, 1, 136) for _ in range(3)), backend="triton")
+
+
+def test_by_default_existing_kernels_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both could run: flash's for plain calls, Triton's with a prefix, or by argument."""
+    q, k, v = (x.float() for x in draw(1, 5))
+    called = []
+    monkeypatch.setattr("palimpsest.kernels.op.backends.resolve", lambda *_: "triton")
+    monkeypatch.setattr(flash, "choose", lambda *_, **__: lambda *_: called.append("flash") or q)
+    launch = fused.forward.body
+    monkeypatch.setattr(fused, "forward", lambda *args: called.append("triton") or launch(*args))
+    window_attention(q, k, v)
+    window_attention(q, k, v, prefix=(k[0], v[0]))
+    window_attention(q, k, v, backend="triton")
+    assert called == ["flash", "triton", "triton"]
 
 
 def test_a_cache_longer_than_the_window_is_cut() -> None:

@@ -12,11 +12,11 @@ CLOSE = 5e-6 if not torch.cuda.is_available() else 1e-2
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
-    """One launch of each kernel that a call makes, none of which runs."""
+    """One launch of each kernel and its constants that a call makes, none of which runs."""
     with planning() as plan:
         call()
     assert plan, "no kernel is launched"
-    return list({launch.kernel.name: launch for launch in plan}.values())
+    return list({(launch.kernel.name, str(launch.constants)): launch for launch in plan}.values())
 
 
 def check_configurations(call: Callable[[], object]) -> None:
