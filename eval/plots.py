@@ -68,7 +68,7 @@ def by_position(axes: "Axes", results: Mapping[str, Mapping[str, Any]]) -> None:
             )
     axes.axvline(context, color=INK, linewidth=0.8, linestyle=":")
     axes.annotate(
-        " training context", (context, 1), xycoords=("data", "axes fraction"), fontsize=8, color=INK, va="top"
+        " training context", (context, 0), xycoords=("data", "axes fraction"), fontsize=8, color=INK, va="bottom"
     )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -1,8 +1,12 @@
 """From a config to what the loop works on: the run folder, the corpus, the model and its optimizer, the state."""
 
 import ctypes
+import fcntl
 import logging
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +21,30 @@ from .parallel import World
 from .split import Split
 
 logger = logging.getLogger("palimpsest.train")
+
+
+@contextmanager
+def hold(folder: Path, world: World) -> Iterator[None]:
+    """Keep a second run out of a run folder while this one writes there: a lock on the folder itself.
+
+    Raises:
+        ConfigError: in every process, when another run holds it.
+    """
+    handle, taken = -1, True
+    if world.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = False
+    try:
+        if not parallel.broadcast(taken):
+            raise ConfigError(f"train.out was {folder}, where another run is at work; wait for it or choose another")
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 def claim(folder: Path, config: RunConfig, world: World) -> None:

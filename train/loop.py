@@ -75,7 +75,8 @@ def train(config: RunConfig, listener: Callable[[Record], None] | None = None) -
     if world.device.type == "cpu":
         launch.keep_freed_memory()
     try:
-        return _train(config, world, listener)
+        with launch.hold(config.folder, world):
+            return _train(config, world, listener)
     finally:
         parallel.stop(world)
 

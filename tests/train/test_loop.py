@@ -10,7 +10,7 @@ from training import STEPS, learnt
 
 from palimpsest.models import load
 from palimpsest.models.config import ConfigError
-from palimpsest.train import read_config, train
+from palimpsest.train import launch, parallel, read_config, train
 from palimpsest.train.checkpoint import ConfigMismatch
 from palimpsest.train.data import DataError, prepare
 from palimpsest.train.split import IGNORE
@@ -145,6 +145,15 @@ def test_a_folder_of_another_config_is_refused_and_left_alone(content, started):
     with pytest.raises(ConfigError, match="train.resume was 'never', but .* holds a run"):
         train(read(content, train__resume="never"))
     assert before == {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+
+
+def test_a_folder_where_a_run_is_at_work_is_refused(content, tmp_path):
+    config = read(content)
+    world = parallel.start("cpu")
+    with launch.hold(config.folder, world), pytest.raises(ConfigError, match="another run is at work"):
+        train(config)
+    assert names(config.folder) == []
+    assert train(config).status == "complete", "and free again"
 
 
 def test_settings_that_do_not_change_what_is_learnt_may_change(content, started):
