@@ -15,67 +15,43 @@ from torch import Tensor
 from ..launch import Config, Kernel
 from .backward_step import step_backward
 from .canary import backward_pairs
-from .forward import by_layer, constants_of, inner_pass, named, outer_pass
+from .forward import constants_of, inner_pass, outer_pass, pack, unpack
 from .gate_kernels import run_gates, run_gates_backward
 from .spec import MemorySpec
-from .tiles import clear, copy, fold, load_gates, sequence, step_slot, step_tokens
-
-
-@triton.jit
-def begin_segment(states, start, kept, from_start, COUNT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr):
-    """[W; S] of one layer where a segment begins, to the workspace: the call's own beginning, or what was kept."""
-    start_w, start_s = start
-    if from_start:
-        copy(states, start_w, COUNT)
-        if MOMENTUM:
-            if STATE:
-                copy(states + COUNT, start_s, COUNT)
-            else:
-                clear(states + COUNT, COUNT)
-    else:
-        copy(states, kept, COUNT)
-        if MOMENTUM:
-            copy(states + COUNT, kept + COUNT, COUNT)
+from .tiles import begin_state, copy, fold, load_gates, sequence, step_slot, step_tokens
 
 
 @triton.jit(do_not_specialize=["T"])
 def neural_memory_backward(
-    q_ptr, k_ptr, v_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_w1, start_s1, start_u1, start_w2,
-    start_s2, start_u2, position_ptr, cu_ptr, kept1_ptr, kept2_ptr, end_w1, end_s1, end_u1, end_w2, end_s2, end_u2,
-    d_q_ptr, d_k_ptr, d_v_ptr, d_write_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, g_w1_ptr, g_s1_ptr, g_u1_ptr,
-    g_w2_ptr, g_s2_ptr, g_u2_ptr, states1_ptr, states2_ptr, small_ptr, wide_ptr, T, zero, H: tl.constexpr,
-    D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr,
-    NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
+    kept_ptr, end_ptr, d_q_ptr, d_k_ptr, d_v_ptr, d_write_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_state_ptr,
+    states_ptr, small_ptr, wide_ptr, T, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
+    C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """``end_*``: gradients of the state after the call; ``g_*``: those of the state before it, and the running ones in
-    between; ``states*``: [W; S] of a segment's steps; ``small``, ``wide``: a step's tiles in DT and float32."""
+    """``end``: gradients of the state after the call; ``d_state``: those of the state before it, and the running ones
+    in between; ``states``: W and S of a segment's steps; ``small``, ``wide``: a step's tiles in DT and float32. The
+    rest as in ``forward.py``."""
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
     SIZE: tl.constexpr = D * F
+    LAYERS: tl.constexpr = 2 if DEEP else 1
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
+    PAIR: tl.constexpr = COPIES * SIZE
+    WHOLE: tl.constexpr = (COPIES + 1) * SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     program = (n * H + h).to(tl.int64)
-    own = program * SIZE
-    origin = own if STATE else h * SIZE
+    own = program * (LAYERS * WHOLE)
     small = small_ptr + program * (3 * C * D + C * F)
-    wide = wide_ptr + program * (2 * C * C + 2 * C * D + C * F)
-    copy(g_w2_ptr + own, end_w2 + own, SIZE)
-    copy(g_u2_ptr + own, end_u2 + own, SIZE)
-    if MOMENTUM:
-        copy(g_s2_ptr + own, end_s2 + own, SIZE)
-    if DEEP:
-        copy(g_w1_ptr + own, end_w1 + own, SIZE)
-        copy(g_u1_ptr + own, end_u1 + own, SIZE)
-        if MOMENTUM:
-            copy(g_s1_ptr + own, end_s1 + own, SIZE)
+    wide = wide_ptr + program * (2 * C * C + 4 * C * D + 3 * C * F)
+    copy(d_state_ptr + own, end_ptr + own, LAYERS * WHOLE)
     tl.debug_barrier()
     filled = place + length
     if (filled % CHUNK == 0) & ((length > 0) | (not STATE)):  # the anchor after the call is its weights
-        fold(g_w2_ptr + own, g_u2_ptr + own, SIZE)
-        if DEEP:
-            fold(g_w1_ptr + own, g_u1_ptr + own, SIZE)
+        for layer in tl.static_range(LAYERS):
+            fold(d_state_ptr + own + layer * WHOLE, d_state_ptr + own + layer * WHOLE + PAIR, SIZE)
         tl.debug_barrier()
     d = tl.arange(0, D)
     i = tl.arange(0, C)
@@ -86,39 +62,35 @@ def neural_memory_backward(
     slots = (begin // (CHUNK * EVERY) + n).to(tl.int64)
     last_step = tl.where(length > 0, tl.cdiv(filled, C), 0)
     segments = tl.cdiv(last_step, STEPS)
-    for segment_back in range(0, segments):
+    for segment_back in tl.range(0, segments, disable_licm=True):
         segment = segments - 1 - segment_back
         first = tl.maximum(segment * STEPS, place // C)
         after = tl.minimum(segment * STEPS + STEPS, last_step)
         # Step j of the segment begins with the workspace's state j - segment * STEPS.
-        states1 = states1_ptr + (program * STEPS - segment * STEPS) * (COPIES * SIZE)
-        states2 = states2_ptr + (program * STEPS - segment * STEPS) * (COPIES * SIZE)
-        kept = (tl.maximum(slots + segment - 1, 0) * H + h) * (COPIES * SIZE)
-        opened = first * (COPIES * SIZE)
-        begin_segment(states2 + opened, (start_w2 + origin, start_s2 + origin), kept2_ptr + kept, segment == 0, SIZE,
-                      MOMENTUM, STATE)  # fmt: skip
-        if DEEP:
-            begin_segment(states1 + opened, (start_w1 + origin, start_s1 + origin), kept1_ptr + kept, segment == 0,
-                          SIZE, MOMENTUM, STATE)  # fmt: skip
+        states = states_ptr + (program * STEPS - segment * STEPS) * (LAYERS * PAIR)
+        if segment == 0:
+            begin_state(states + first * (LAYERS * PAIR), start_ptr, n, h, H, SIZE, LAYERS, COPIES, COPIES, STATE)
+        else:
+            kept = kept_ptr + ((slots + segment - 1) * H + h) * (LAYERS * PAIR)
+            copy(states + first * (LAYERS * PAIR), kept, LAYERS * PAIR)
         tl.debug_barrier()
-        for replayed in range(first, 2 * after - first - 1):
-            # Forward to the last step's beginning, then backward: one loop, so that what both need is compiled once.
-            forth = replayed < after - 1
-            j = tl.where(forth, replayed, 2 * after - replayed - 2)
+        for visit in tl.range(first, 2 * after - first - 1, disable_licm=True):
+            # Forward to where the last step begins, then backward: one loop, so that what both need is compiled once.
+            forth = visit < after - 1
+            j = tl.where(forth, visit, 2 * after - visit - 2)
             base = j * C
-            still = replayed * 16 * zero
-            state1 = states1 + still + j * (COPIES * SIZE)
-            state2 = states2 + still + j * (COPIES * SIZE)
-            old = state1, state1 + SIZE, state2, state2 + SIZE
+            still = visit * 16 * zero
+            state1 = states + still + j * (LAYERS * PAIR)
+            state2 = state1 + (LAYERS - 1) * PAIR
+            old = state1, state2
             # The anchor: the weights at the chunk's first step, or those of the state before the call.
-            opener = (base // CHUNK) * (CHUNK // C) * (COPIES * SIZE)
-            u1 = states1 + still + opener
-            u2 = states2 + still + opener
+            u1 = states + still + (base // CHUNK) * (CHUNK // C) * (LAYERS * PAIR)
+            u2 = u1 + (LAYERS - 1) * PAIR
             opens = base % CHUNK == 0
             if STATE:
                 given = base < CHUNK
-                u1 = tl.where(given, start_u1 + own, u1)
-                u2 = tl.where(given, start_u2 + own, u2)
+                u1 = tl.where(given, start_ptr + own + PAIR, u1)
+                u2 = tl.where(given, start_ptr + own + (LAYERS - 1) * WHOLE + PAIR, u2)
                 opens = opens & (base > 0)
             anchor = u1, u2
             token, valid = step_tokens(j, begin, length, place, C)
@@ -130,23 +102,19 @@ def neural_memory_backward(
                 _, _, _, delta = inner_pass(
                     k_ptr, v_ptr, tok, valid, anchor, scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
                 )
-                new1 = state1 + COPIES * SIZE
-                new2 = state2 + COPIES * SIZE
-                new = new1, new1 + SIZE, new2, new2 + SIZE
+                new = state1 + LAYERS * PAIR, state2 + LAYERS * PAIR
                 outer_pass(
                     q_ptr, k_ptr, tok, valid, delta, anchor, old, new, new, write + i[:, None] * C + i[None, :], gates,
-                    small, D, F, C, BF, DEEP, MOMENTUM, False, True, False, DT, PRECISION,
+                    anchor, D, F, C, BF, DEEP, MOMENTUM, False, True, False, DT, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
             else:
-                g_w1, g_s1, g_u1 = g_w1_ptr + still + own, g_s1_ptr + still + own, g_u1_ptr + still + own
-                g_w2, g_s2, g_u2 = g_w2_ptr + still + own, g_s2_ptr + still + own, g_u2_ptr + still + own
-                whole = opens & (C == CHUNK)
-                grads = g_w1, g_s1, g_u1, g_w2, g_s2, g_u2
+                d_state1 = d_state_ptr + own + still
+                d_state2 = d_state1 + (LAYERS - 1) * WHOLE
                 more, of_gates = step_backward(
-                    (q_ptr, k_ptr, v_ptr, d_o_ptr), (d_q_ptr, d_k_ptr, d_v_ptr), tok, valid, anchor, old, grads, write,
-                    d_write_ptr + slot * (C * C), gates, scale, small, wide, whole, D, F, C, BF, DEEP, NORM, RESIDUAL,
-                    DOT, MOMENTUM, DT, PRECISION,
+                    (q_ptr, k_ptr, v_ptr, d_o_ptr), (d_q_ptr, d_k_ptr, d_v_ptr), tok, valid, anchor, old,
+                    (d_state1, d_state2), write, d_write_ptr + slot * (C * C), gates, scale, small, wide,
+                    opens & (C == CHUNK), D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
                 d_scale += more
                 d_retain, d_carry, d_end_write, d_end_momentum, d_end_retain, d_end_carry, d_end_inertia = of_gates
@@ -160,9 +128,8 @@ def neural_memory_backward(
                 tl.store(d_ends_ptr + slot * 4 + 2, d_end_inertia)
                 if opens & ((C < CHUNK) | (base + CHUNK > filled)):
                     # Here the weights became an anchor that later steps, or the next call, held beside them.
-                    fold(g_w2, g_u2, SIZE)
-                    if DEEP:
-                        fold(g_w1, g_u1, SIZE)
+                    for layer in tl.static_range(LAYERS):
+                        fold(d_state1 + layer * WHOLE, d_state1 + layer * WHOLE + PAIR, SIZE)
                     tl.debug_barrier()
     if NORM:
         tl.store(d_norm_ptr + program * D + d, d_scale)
@@ -202,12 +169,9 @@ def run_backward(
     d_of_steps = [torch.empty_like(x) for x in of_steps]
     d_tokens = [torch.empty_like(x) for x in (q, k, v)]
     d_norm = None if norm is None else norm.new_empty((rows, heads, d), dtype=torch.float32)
-    given = [w.new_empty((rows, *w.shape), dtype=torch.float32) for w in list(weights) * parts]
+    size = sum(w[0].numel() for w in weights)
+    d_state = step.new_empty((rows, heads, parts * size))
     steps = constants["EVERY"] * constants["CHUNK"] // c
-    states = [
-        q.new_empty((programs, steps, (parts - 1) * w.shape[1] * w.shape[2]), dtype=torch.float32) for w in weights
-    ]
-    start = [x.contiguous() for x in (state or [*weights, *([weights[0]] * (len(weights) * (parts - 1)))])]
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -215,25 +179,25 @@ def run_backward(
         "d_o_ptr": grad_o.contiguous(),
         **dict(zip(("write_ptr", "vectors_ptr", "ends_ptr"), of_steps, strict=True)),
         "norm_ptr": step if norm is None else norm.contiguous(),
-        **named("start_", "", by_layer(start, spec.layers, step)),
+        "start_ptr": pack(state or weights, spec.layers),
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
-        "kept1_ptr": kept[0],
-        "kept2_ptr": kept[-1],
-        **named("end_", "", by_layer([x.contiguous() for x in grad_state], spec.layers, step)),
+        "kept_ptr": kept[0],
+        "end_ptr": pack(grad_state, spec.layers),
         **dict(zip(("d_q_ptr", "d_k_ptr", "d_v_ptr"), d_tokens, strict=True)),
         **dict(zip(("d_write_ptr", "d_vectors_ptr", "d_ends_ptr"), d_of_steps, strict=True)),
         "d_norm_ptr": step if d_norm is None else d_norm,
-        **named("g_", "_ptr", by_layer(given, spec.layers, step)),
-        "states1_ptr": states[0],
-        "states2_ptr": states[-1],
+        "d_state_ptr": d_state,
+        "states_ptr": step.new_empty((programs, steps, (parts - 1) * size)),
         "small_ptr": q.new_empty((programs, 3 * c * d + c * f)),
-        "wide_ptr": step.new_empty((programs, 2 * c * c + 2 * c * d + c * f)),
+        "wide_ptr": step.new_empty((programs, 2 * c * c + 4 * c * d + 3 * c * f)),
         "T": q.shape[1],
         "zero": 0,
     }
     own = {name: value for name, value in constants.items() if name in BACKWARD.function.arg_names}
     BACKWARD(lambda x: (programs,), arguments, own)
     d_gates = run_gates_backward(d_of_steps, *gates)
-    found = given if state else [x.sum(0).to(w.dtype) for x, w in zip(given, weights, strict=False)]
+    found = unpack(d_state, weights) if state else unpack(d_state.sum(0), weights)[: len(weights)]
+    if not state:
+        found = [x.to(w.dtype) for x, w in zip(found, weights, strict=True)]
     return [*d_tokens, *d_gates, None if d_norm is None or norm is None else d_norm.sum(0).to(norm.dtype), *found]

@@ -1,202 +1,269 @@
 """The backward of one step of neural memory, in Triton; backward.py walks the steps.
 
 The gradients of W, S and the anchor lie in global memory, like the state itself. A step passes over the hidden units
-four times: the error and the reads of the forward, then the reads, the update and the second-order terms up to the
-error (``upper_backward``), then down along the keys' own pass (``lower_backward``).
+six times: the error, and the reads, as in the forward; then backward through the last layer's reads and update
+(``last_layer``), the first layer's reads (``first_reads``), its update and the second-order terms up to the error
+(``first_update``), and down along the keys' own pass (``keys_down``). What one pass leaves for another goes through a
+workspace: ``small`` holds operands of products in DT, ``wide`` the rest in float32.
 
-A tile that is needed transposed goes through the workspace and is loaded so: the transpose of a product's result is
-never an operand of another. Layer 2's matrices are taken as [D, BF], transposed, throughout.
+A tile that is needed transposed is loaded so from there: the transpose of a product's result is never an operand of
+another. The last layer's matrices are taken as [D, BF], transposed, throughout.
 """
 
 import triton
 import triton.language as tl
 
 from .forward import inner_pass, outer_pass
-from .tiles import (
-    gelu,
-    gelu_curve,
-    gelu_slope,
-    normalised,
-    product,
-    project,
-    token_columns,
-    token_rows,
-)
+from .tiles import gelu, gelu_curve, gelu_slope, normalised, product, project, token_columns, token_rows
 
 
 @triton.jit
-def upper_backward(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, anchor, old, grads, write, gates, small, wide, own,
-                   D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
-                   RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
-    """The backward of reads and update, and of δ1 = (δ2 U2ᵀ) ⊙ gelu′: from the gradients of the reads and of the state
-    after the step to those of the state before it (in place), of Q, K, Δ2, h Kᵀ-scores and the gates.
+def square(start, C: tl.constexpr):
+    """Pointers to a [C, C] tile, and to its transpose."""
+    i = tl.arange(0, C)
+    return start + i[:, None] * C + i[None, :], start + i[None, :] * C + i[:, None]
 
-    The gradient of the keys' pre-activations so far goes to ``wide``, to be completed by :func:`lower_backward`.
-    """
-    u1, u2 = anchor
-    w1, s1, w2, s2 = old
-    g_w1, g_s1, _, g_w2, g_s2, g_u2 = grads
+
+@triton.jit
+def tall(start, C: tl.constexpr, D: tl.constexpr):
+    """Pointers to a [C, D] tile, and to its transpose."""
+    i = tl.arange(0, C)
+    d = tl.arange(0, D)
+    return start + i[:, None] * D + d[None, :], start + i[None, :] * D + d[:, None]
+
+
+@triton.jit
+def small_parts(small, C: tl.constexpr, D: tl.constexpr):
+    """In DT: Δ of the last layer, its reads' gradient, its output's gradient [C, D]; Δ of the first layer [C, F]."""
+    return small, small + C * D, small + 2 * C * D, small + 3 * C * D
+
+
+@triton.jit
+def wide_parts(wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+    """In float32: h h_Kᵀ of the last layer, the gradient of the first's scores [C, C]; ẑ, the error, the gradient of Δ
+    and that of K [C, D]; the keys' pre-activations, the queries' and then their gradient, and that of the keys'
+    [C, F]."""
+    tiles = wide + 2 * C * C
+    hidden = tiles + 4 * C * D
+    return (wide, wide + C * C, tiles, tiles + C * D, tiles + 2 * C * D, tiles + 3 * C * D, hidden, hidden + C * F,
+            hidden + 2 * C * F)  # fmt: skip
+
+
+@triton.jit
+def last_layer(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, grads, write, gates, small, wide, D: tl.constexpr,
+               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, RESIDUAL: tl.constexpr,
+               MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Reads and update of the last layer: carries the gradients of its W and S back, in place; those of Δ, and of both
+    hidden vectors, to the workspace (a linear memory's query is its hidden vector). Returns those of the gates."""
+    SIZE: tl.constexpr = D * F
     retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
+    deltas, reads, _, _ = small_parts(small, C, D)
+    products, _, _, _, d_deltas, _, befores, pres, d_befores = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
-    rows = i[:, None] * D + d[None, :]
-    cols = i[None, :] * D + d[:, None]
-    q = token_rows(q_ptr, tok, valid, d)
-    k = token_rows(k_ptr, tok, valid, d)
-    qt = token_columns(q_ptr, tok, valid, d)
-    delta = tl.load(small + rows)
-    delta_t = tl.load(small + cols)
-    d_read = tl.load(small + C * D + rows)
-    d_read_t = tl.load(small + C * D + cols)
-    square = i[:, None] * C + i[None, :]
-    square_t = i[None, :] * C + i[:, None]
-    written = tl.load(write + square).to(tl.float32)
-    written_t = tl.load(write + square_t).to(tl.float32)
-    d_delta = -product(tl.load(wide + square_t) * written_t, d_read, DT, PRECISION)
-    flow = (-product(d_read, delta_t, DT, PRECISION) * written).to(DT)
+    delta = tl.load(tall(deltas, C, D)[0])
+    d_read = tl.load(tall(reads, C, D)[0])
+    d_read_t = tl.load(tall(reads, C, D)[1])
+    written = tl.load(square(write, C)[0]).to(tl.float32)
+    written_t = tl.load(square(write, C)[1]).to(tl.float32)
+    flow = (-product(d_read, tl.load(tall(deltas, C, D)[1]), DT, PRECISION) * written).to(DT)
     flow_t = (-product(delta, d_read_t, DT, PRECISION) * written_t).to(DT)
-    scores = flow
-    scores_t = flow
-    if DEEP:
-        kt = token_columns(k_ptr, tok, valid, d)
-        scores = (product(q, kt, DT, PRECISION) * written).to(DT)
-        scores_t = (product(k, qt, DT, PRECISION) * written_t).to(DT)
-    d_q = tl.zeros([C, D], tl.float32)
-    d_k = tl.zeros([C, D], tl.float32)
-    d_scores = tl.zeros([C, C], tl.float32)
-    d_retain = tl.zeros([C], tl.float32)
-    d_carry = tl.zeros([C], tl.float32)
-    d_end_write = tl.zeros([C], tl.float32)
-    d_end_momentum = tl.zeros([C], tl.float32)
+    d_delta = -product(tl.load(square(products, C)[1]) * written_t, d_read, DT, PRECISION)
+    # Sums over the hidden units are taken once, after the loop.
+    d_retain = tl.zeros([C, BF], tl.float32)
+    d_carry = tl.zeros([C, BF], tl.float32)
+    d_end_write = tl.zeros([C, BF], tl.float32)
+    d_end_momentum = tl.zeros([C, BF], tl.float32)
     d_end_retain = tl.zeros([D], tl.float32)
     d_end_carry = tl.zeros([D], tl.float32)
     d_end_inertia = tl.zeros([D], tl.float32)
-    for start in range(0, F, BF):
+    for start in tl.range(0, F, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
-        at1 = d[:, None] * F + f[None, :]
-        at2 = f[None, :] * D + d[:, None]
+        at = f[None, :] * D + d[:, None]
         at_hidden = i[:, None] * F + f[None, :]
         if DEEP:
-            before = product(k, tl.load(u1 + at1), DT, PRECISION)
-            hidden, sigma = gelu(before)
-            slope = gelu_slope(before, sigma)
-            last = tl.load(u2 + at2).to(DT)
-            back = product(delta, last, DT, PRECISION)
-            delta1 = back * slope
-            weight1 = tl.load(w1 + at1)
-            by_weight = product(q, weight1, DT, PRECISION)
-            pre = by_weight * retain[:, None] - product(scores, delta1, DT, PRECISION)
-            if MOMENTUM:
-                moment1 = tl.load(s1 + at1)
-                by_moment = product(q, moment1, DT, PRECISION)
-                pre += by_moment * carry[:, None]
-            read, sigma_q = gelu(pre)
+            hidden = gelu(tl.load(befores + at_hidden))[0]
+            pre = tl.load(pres + at_hidden)
+            read, sigma = gelu(pre)
         else:
             hidden = token_rows(k_ptr, tok, valid, f).to(tl.float32)
             read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
-        # The last layer's reads.
-        weight2 = tl.load(w2 + at2)
-        to_weight = product(d_read, weight2, DT, PRECISION)
-        d_retain += tl.sum(read * to_weight, 1)
-        d_hidden_q = to_weight * retain[:, None] + product(flow, hidden, DT, PRECISION)
-        d_hidden = product(flow_t, read, DT, PRECISION)
-        # The last layer's update, and the gradients of its state before the step.
-        g_weight = tl.load(g_w2 + at2)
+        weight = tl.load(weights + at)
+        to_weight = product(d_read, weight, DT, PRECISION)
+        d_retain += read * to_weight
+        d_read_hidden = to_weight * retain[:, None] + product(flow, hidden, DT, PRECISION)
+        g_weight = tl.load(grads + at)
         by_g = product(delta, g_weight, DT, PRECISION)
-        d_hidden -= by_g * end_write[:, None]
-        d_end_write -= tl.sum(hidden * by_g, 1)
+        d_end_write -= hidden * by_g
+        d_hidden = product(flow_t, read, DT, PRECISION) - by_g * end_write[:, None]
         d_delta -= product(hidden * end_write[:, None], tl.trans(g_weight.to(DT)), DT, PRECISION)
-        d_end_retain += tl.sum(weight2 * g_weight, 1)
-        g_before2 = g_weight * end_retain + product(d_read_t, read * retain[:, None], DT, PRECISION)
+        d_end_retain += tl.sum(weight * g_weight, 1)
+        before = g_weight * end_retain + product(d_read_t, read * retain[:, None], DT, PRECISION)
         if MOMENTUM:
-            moment2 = tl.load(s2 + at2)
-            to_moment = product(d_read, moment2, DT, PRECISION)
-            d_carry += tl.sum(read * to_moment, 1)
-            d_hidden_q += to_moment * carry[:, None]
-            g_moment = tl.load(g_s2 + at2)
+            moment = tl.load(weights + SIZE + at)
+            to_moment = product(d_read, moment, DT, PRECISION)
+            d_carry += read * to_moment
+            d_read_hidden += to_moment * carry[:, None]
+            g_moment = tl.load(grads + SIZE + at)
             by_g = product(delta, g_moment, DT, PRECISION)
+            d_end_momentum -= hidden * by_g
             d_hidden -= by_g * end_momentum[:, None]
-            d_end_momentum -= tl.sum(hidden * by_g, 1)
             d_delta -= product(hidden * end_momentum[:, None], tl.trans(g_moment.to(DT)), DT, PRECISION)
-            d_end_carry += tl.sum(moment2 * g_weight, 1)
-            d_end_inertia += tl.sum(moment2 * g_moment, 1)
+            d_end_carry += tl.sum(moment * g_weight, 1)
+            d_end_inertia += tl.sum(moment * g_moment, 1)
             inert = g_weight * end_carry + g_moment * end_inertia
-            tl.store(g_s2 + at2, inert + product(d_read_t, read * carry[:, None], DT, PRECISION))
+            inert += product(d_read_t, read * carry[:, None], DT, PRECISION)
+            tl.store(grads + SIZE + at, inert)
+        tl.store(grads + at, before)
+        tl.store(d_befores + at_hidden, d_hidden)
         if DEEP:
-            # The first layer's reads and update.
-            d_pre = d_hidden_q * gelu_slope(pre, sigma_q)
-            d_retain += tl.sum(d_pre * by_weight, 1)
-            d_q += product(d_pre * retain[:, None], tl.trans(weight1.to(DT)), DT, PRECISION)
-            delta1_t = tl.load(small + 3 * C * D + i[None, :] * F + f[:, None])
-            d_scores -= product(d_pre, delta1_t, DT, PRECISION)
-            d_delta1 = -product(scores_t, d_pre, DT, PRECISION)
-            g_weight = tl.load(g_w1 + at1)
-            by_g = product(k, g_weight, DT, PRECISION)
-            d_delta1 -= by_g * end_write[:, None]
-            d_end_write -= tl.sum(delta1 * by_g, 1)
-            d_k -= product(delta1 * end_write[:, None], tl.trans(g_weight.to(DT)), DT, PRECISION)
-            d_end_retain += tl.sum(weight1 * g_weight, 1)
-            g_before1 = g_weight * end_retain + product(qt, d_pre * retain[:, None], DT, PRECISION)
-            if MOMENTUM:
-                d_carry += tl.sum(d_pre * by_moment, 1)
-                d_q += product(d_pre * carry[:, None], tl.trans(moment1.to(DT)), DT, PRECISION)
-                g_moment = tl.load(g_s1 + at1)
-                by_g = product(k, g_moment, DT, PRECISION)
-                d_delta1 -= by_g * end_momentum[:, None]
-                d_end_momentum -= tl.sum(delta1 * by_g, 1)
-                d_k -= product(delta1 * end_momentum[:, None], tl.trans(g_moment.to(DT)), DT, PRECISION)
-                d_end_carry += tl.sum(moment1 * g_weight, 1)
-                d_end_inertia += tl.sum(moment1 * g_moment, 1)
-                inert = g_weight * end_carry + g_moment * end_inertia
-                tl.store(g_s1 + at1, inert + product(qt, d_pre * carry[:, None], DT, PRECISION))
-            tl.store(g_w1 + at1, g_before1)
-            # Second order: the keys' errors depend on the anchor.
-            d_back = d_delta1 * slope
-            d_before = d_delta1 * back * gelu_curve(before, sigma) + d_hidden * slope
-            tl.store(wide + 2 * C * C + 2 * C * D + at_hidden, d_before)
-            d_delta += product(d_back, tl.trans(last), DT, PRECISION)
-            g_anchor = product(delta_t, d_back, DT, PRECISION)
-            g_before2 += tl.where(own, g_anchor, 0.0)
-            held = tl.load(g_u2 + at2, mask=own == 0, other=0.0)
-            tl.store(g_u2 + at2, held + g_anchor, mask=own == 0)
+            tl.store(pres + at_hidden, d_read_hidden * gelu_slope(pre, sigma))
         else:
-            tl.store(wide + 2 * C * C + 2 * C * D + at_hidden, d_hidden)
             if RESIDUAL:
-                d_hidden_q += token_rows(d_o_ptr, tok, valid, f).to(tl.float32)
-            tl.store(d_q_ptr + tok[:, None] + f[None, :], d_hidden_q.to(DT), mask=valid[:, None])
-        tl.store(g_w2 + at2, g_before2)
-    of_gates = (d_retain, d_carry, d_end_write, d_end_momentum, tl.sum(d_end_retain, 0), tl.sum(d_end_carry, 0),
-                tl.sum(d_end_inertia, 0))  # fmt: skip
-    return d_q, d_k, d_delta, d_scores, of_gates
+                d_read_hidden += token_rows(d_o_ptr, tok, valid, f).to(tl.float32)
+            tl.store(d_q_ptr + tok[:, None] + f[None, :], d_read_hidden.to(DT), mask=valid[:, None])
+    tl.store(tall(d_deltas, C, D)[0], d_delta)
+    return (tl.sum(d_retain, 1), tl.sum(d_carry, 1), tl.sum(d_end_write, 1), tl.sum(d_end_momentum, 1),
+            tl.sum(d_end_retain), tl.sum(d_end_carry), tl.sum(d_end_inertia))  # fmt: skip
 
 
 @triton.jit
-def lower_backward(k_ptr, tok, valid, anchor, grads, small, wide, own, D: tl.constexpr, F: tl.constexpr,
-                   C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr, DT: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
-    """Down along the keys' own pass, from the gradient of the last layer's output in ``small`` (LAST: there is one):
-    the gradient of K, and those of the anchor, which go to the weights where the anchor is those (``own``)."""
-    u1, u2 = anchor
-    g_w1, _, g_u1, g_w2, _, g_u2 = grads
-    g1 = tl.where(own, g_w1, g_u1)
-    g2 = tl.where(own, g_w2, g_u2)
+def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, write, gates, small, wide, D: tl.constexpr,
+                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr,
+                DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Reads of the first layer: writes the gradient of Q, and that of its scores to the workspace; returns those of A
+    and f."""
+    SIZE: tl.constexpr = D * F
+    retain, carry, _, _, _, _, _ = gates
+    _, _, _, delta1s = small_parts(small, C, D)
+    _, scores, _, _, _, _, _, d_pres, _ = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    q = token_rows(q_ptr, tok, valid, d)
+    d_q = tl.zeros([C, D], tl.float32)
+    d_scores = tl.zeros([C, C], tl.float32)
+    d_retain = tl.zeros([C, BF], tl.float32)
+    d_carry = tl.zeros([C, BF], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at = d[:, None] * F + f[None, :]
+        d_pre = tl.load(d_pres + i[:, None] * F + f[None, :])
+        d_scores -= product(d_pre, tl.load(delta1s + i[None, :] * F + f[:, None]), DT, PRECISION)
+        weight = tl.load(weights + at).to(DT)
+        d_retain += d_pre * product(q, weight, DT, PRECISION)
+        d_q += product(d_pre * retain[:, None], tl.trans(weight), DT, PRECISION)
+        if MOMENTUM:
+            moment = tl.load(weights + SIZE + at).to(DT)
+            d_carry += d_pre * product(q, moment, DT, PRECISION)
+            d_q += product(d_pre * carry[:, None], tl.trans(moment), DT, PRECISION)
+    tl.store(square(scores, C)[0], d_scores)
+    d_products = d_scores * tl.load(square(write, C)[0]).to(tl.float32)
+    d_q += product(d_products, token_rows(k_ptr, tok, valid, d), DT, PRECISION)
+    if RESIDUAL:
+        d_q += token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
+    tl.store(d_q_ptr + tok[:, None] + d[None, :], d_q.to(DT), mask=valid[:, None])
+    return tl.sum(d_retain, 1), tl.sum(d_carry, 1)
+
+
+@triton.jit
+def first_update(q_ptr, k_ptr, tok, valid, u2, weights, grads, grads2, write, gates, small, wide, own,
+                 D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, MOMENTUM: tl.constexpr,
+                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Update of the first layer, with what its reads add to the gradients of W and S, and the second-order terms: Δ1 =
+    (Δ2 U2ᵀ) ⊙ gelu′ depends on the anchor. Adds to the gradients of Δ2 and of the keys' pre-activations in the
+    workspace, and to that of U2 (the weights', where the anchor is those: ``own``); that of K so far goes there too.
+    Returns those of the gates."""
+    SIZE: tl.constexpr = D * F
+    ANCHOR: tl.constexpr = (2 if MOMENTUM else 1) * SIZE
+    retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
+    deltas, _, _, _ = small_parts(small, C, D)
+    _, scores, _, _, d_deltas, d_keys, befores, d_pres, d_befores = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     k = token_rows(k_ptr, tok, valid, d)
-    kt = token_columns(k_ptr, tok, valid, d)
-    d_last = tl.load(small + 2 * C * D + i[:, None] * D + d[None, :])
-    d_last_t = tl.load(small + 2 * C * D + i[None, :] * D + d[:, None])
-    d_k = tl.zeros([C, D], tl.float32)
-    for start in range(0, F, BF):
+    qt = token_columns(q_ptr, tok, valid, d)
+    delta = tl.load(tall(deltas, C, D)[0])
+    delta_t = tl.load(tall(deltas, C, D)[1])
+    written_t = tl.load(square(write, C)[1]).to(tl.float32)
+    scores_t = (product(k, qt, DT, PRECISION) * written_t).to(DT)
+    d_products_t = tl.load(square(scores, C)[1]) * written_t
+    d_k = product(d_products_t, token_rows(q_ptr, tok, valid, d), DT, PRECISION)
+    d_delta = tl.load(tall(d_deltas, C, D)[0])
+    d_end_write = tl.zeros([C, BF], tl.float32)
+    d_end_momentum = tl.zeros([C, BF], tl.float32)
+    d_end_retain = tl.zeros([D], tl.float32)
+    d_end_carry = tl.zeros([D], tl.float32)
+    d_end_inertia = tl.zeros([D], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
-        at1 = d[:, None] * F + f[None, :]
+        at = d[:, None] * F + f[None, :]
         at2 = f[None, :] * D + d[:, None]
-        partial = wide + 2 * C * C + 2 * C * D + i[:, None] * F + f[None, :]
-        d_before = tl.load(partial)
+        at_hidden = i[:, None] * F + f[None, :]
+        before = tl.load(befores + at_hidden)
+        sigma = gelu(before)[1]
+        slope = gelu_slope(before, sigma)
+        last = tl.load(u2 + at2).to(DT)
+        back = product(delta, last, DT, PRECISION)
+        delta1 = back * slope
+        d_pre = tl.load(d_pres + at_hidden)
+        weight = tl.load(weights + at)
+        g_weight = tl.load(grads + at)
+        by_g = product(k, g_weight, DT, PRECISION)
+        d_end_write -= delta1 * by_g
+        d_delta1 = -product(scores_t, d_pre, DT, PRECISION) - by_g * end_write[:, None]
+        d_k -= product(delta1 * end_write[:, None], tl.trans(g_weight.to(DT)), DT, PRECISION)
+        d_end_retain += tl.sum(weight * g_weight, 1)
+        before_step = g_weight * end_retain + product(qt, d_pre * retain[:, None], DT, PRECISION)
+        if MOMENTUM:
+            moment = tl.load(weights + SIZE + at)
+            g_moment = tl.load(grads + SIZE + at)
+            by_g = product(k, g_moment, DT, PRECISION)
+            d_end_momentum -= delta1 * by_g
+            d_delta1 -= by_g * end_momentum[:, None]
+            d_k -= product(delta1 * end_momentum[:, None], tl.trans(g_moment.to(DT)), DT, PRECISION)
+            d_end_carry += tl.sum(moment * g_weight, 1)
+            d_end_inertia += tl.sum(moment * g_moment, 1)
+            inert = g_weight * end_carry + g_moment * end_inertia
+            tl.store(grads + SIZE + at, inert + product(qt, d_pre * carry[:, None], DT, PRECISION))
+        tl.store(grads + at, before_step)
+        d_back = d_delta1 * slope
+        d_delta += product(d_back, tl.trans(last), DT, PRECISION)
+        d_before = d_delta1 * back * gelu_curve(before, sigma) + tl.load(d_befores + at_hidden) * slope
+        tl.store(d_befores + at_hidden, d_before)
+        g_anchor = grads2 + tl.where(own, 0, ANCHOR) + at2
+        tl.store(g_anchor, tl.load(g_anchor) + product(delta_t, d_back, DT, PRECISION))
+    tl.store(tall(d_deltas, C, D)[0], d_delta)
+    tl.store(tall(d_keys, C, D)[0], d_k)
+    return (tl.sum(d_end_write, 1), tl.sum(d_end_momentum, 1), tl.sum(d_end_retain), tl.sum(d_end_carry),
+            tl.sum(d_end_inertia))  # fmt: skip
+
+
+@triton.jit
+def keys_down(k_ptr, tok, valid, anchor, grads, small, wide, own, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
+              BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): what it adds to
+    that of K, and the gradients of the anchor, which are the weights' where the anchor is those (``own``)."""
+    u1, u2 = anchor
+    ANCHOR: tl.constexpr = (2 if MOMENTUM else 1) * D * F
+    g1 = grads[0] + tl.where(own, 0, ANCHOR)
+    g2 = grads[1] + tl.where(own, 0, ANCHOR)
+    _, _, lasts, _ = small_parts(small, C, D)
+    _, _, _, _, _, _, befores, _, d_befores = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    kt = token_columns(k_ptr, tok, valid, d)
+    d_last = tl.load(tall(lasts, C, D)[0])
+    d_last_t = tl.load(tall(lasts, C, D)[1])
+    d_k = tl.zeros([C, D], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at = d[:, None] * F + f[None, :]
+        at2 = f[None, :] * D + d[:, None]
+        at_hidden = i[:, None] * F + f[None, :]
+        d_before = tl.load(d_befores + at_hidden)
         if DEEP:
-            first = tl.load(u1 + at1).to(DT)
-            before = product(k, first, DT, PRECISION)
+            before = tl.load(befores + at_hidden)
             hidden, sigma = gelu(before)
         else:
             hidden = token_rows(k_ptr, tok, valid, f)
@@ -207,13 +274,13 @@ def lower_backward(k_ptr, tok, valid, anchor, grads, small, wide, own, D: tl.con
             d_before += d_hidden
             tl.store(g2 + at2, tl.load(g2 + at2) + product(d_last_t, hidden, DT, PRECISION))
         if DEEP:
-            d_k += product(d_before, tl.trans(first), DT, PRECISION)
-            tl.store(g1 + at1, tl.load(g1 + at1) + product(kt, d_before, DT, PRECISION))
+            d_k += product(d_before, tl.trans(tl.load(u1 + at).to(DT)), DT, PRECISION)
+            tl.store(g1 + at, tl.load(g1 + at) + product(kt, d_before, DT, PRECISION))
         else:
-            tl.store(partial, d_before)
+            tl.store(d_befores + at_hidden, d_before)
     if not DEEP:
         tl.debug_barrier()
-        d_k += tl.load(wide + 2 * C * C + 2 * C * D + i[:, None] * F + d[None, :])
+        d_k += tl.load(tall(d_befores, C, D)[0])
     return d_k
 
 
@@ -248,62 +315,74 @@ def step_backward(tokens, d_tokens, tok, valid, anchor, old, grads, write, d_wri
     of the norm and of the gates' other coefficients."""
     q_ptr, k_ptr, v_ptr, d_o_ptr = tokens
     d_q_ptr, d_k_ptr, d_v_ptr = d_tokens
+    deltas, reads, lasts, delta1s = small_parts(small, C, D)
+    products, scores, units, errors, d_deltas, d_keys, befores, pres, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
-    i = tl.arange(0, C)
-    rows = i[:, None] * D + d[None, :]
-    square = i[:, None] * C + i[None, :]
+    at = tok[:, None] + d[None, :]
     normed, rstd, error, delta = inner_pass(
         k_ptr, v_ptr, tok, valid, anchor, scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
     )
-    products, out = outer_pass(
-        q_ptr, k_ptr, tok, valid, delta, anchor, old, old, old, write + square, gates, small + 3 * C * D, D, F, C, BF,
-        DEEP, MOMENTUM, True, False, False, DT, PRECISION,
+    tl.store(tall(deltas, C, D)[0], delta.to(DT))
+    tl.store(tall(units, C, D)[0], normed)
+    tl.store(tall(errors, C, D)[0], error)
+    read_products, out = outer_pass(
+        q_ptr, k_ptr, tok, valid, delta, anchor, old, old, old, square(write, C)[0], gates, (delta1s, befores, pres),
+        D, F, C, BF, DEEP, MOMENTUM, True, False, False, DT, PRECISION,
     )  # fmt: skip
+    tl.store(square(products, C)[0], read_products)
     d_out = token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
     d_scale = tl.zeros([D], tl.float32)
     if NORM:
-        out -= product(products * tl.load(write + square).to(tl.float32), delta, DT, PRECISION)
+        out -= product(read_products * tl.load(square(write, C)[0]).to(tl.float32), delta, DT, PRECISION)
         read_normed, read_rstd = normalised(out, D)
         d_scale += tl.sum(d_out * read_normed, 0)
         d_out = project(d_out * scale[None, :], read_normed, D) * read_rstd[:, None]
-    tl.store(small + rows, delta.to(DT))
-    tl.store(small + C * D + rows, d_out.to(DT))
-    tl.store(wide + square, products)
-    tl.store(wide + 2 * C * C + rows, normed)
-    tl.store(wide + 2 * C * C + C * D + rows, error)
+    tl.store(tall(reads, C, D)[0], d_out.to(DT))
     tl.debug_barrier()
-    d_q, d_k, d_delta, d_scores, of_gates = upper_backward(
-        q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, anchor, old, grads, write, gates, small, wide, own, D, F, C, BF,
-        DEEP, RESIDUAL, MOMENTUM, DT, PRECISION,
+    d_retain, d_carry, d_end_write, d_end_momentum, d_end_retain, d_end_carry, d_end_inertia = last_layer(
+        q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, old[1], grads[1], write, gates, small, wide, D, F, C, BF, DEEP,
+        RESIDUAL, MOMENTUM, DT, PRECISION,
     )  # fmt: skip
-    d_error, d_last, more_scale = error_backward(
-        d_delta, tl.load(wide + 2 * C * C + rows), rstd, tl.load(wide + 2 * C * C + C * D + rows), scale, D, NORM, DOT
-    )
-    tl.store(small + 2 * C * D + rows, d_last.to(DT))
-    tl.store(wide + C * C + square, d_scores)
     tl.debug_barrier()
-    at = tok[:, None] + d[None, :]
+    if DEEP:
+        more_retain, more_carry = first_reads(
+            q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, old[0], write, gates, small, wide, D, F, C, BF, RESIDUAL,
+            MOMENTUM, DT, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()
+        more = first_update(
+            q_ptr, k_ptr, tok, valid, anchor[1], old[0], grads[0], grads[1], write, gates, small, wide, own, D, F, C,
+            BF, MOMENTUM, DT, PRECISION,
+        )  # fmt: skip
+        d_retain += more_retain
+        d_carry += more_carry
+        d_end_write += more[0]
+        d_end_momentum += more[1]
+        d_end_retain += more[2]
+        d_end_carry += more[3]
+        d_end_inertia += more[4]
+        tl.debug_barrier()
+    d_delta = tl.load(tall(d_deltas, C, D)[0])
+    d_error, d_last, more_scale = error_backward(
+        d_delta, tl.load(tall(units, C, D)[0]), rstd, tl.load(tall(errors, C, D)[0]), scale, D, NORM, DOT
+    )
+    tl.store(tall(lasts, C, D)[0], d_last.to(DT))
     tl.store(d_v_ptr + at, (-d_error).to(DT), mask=valid[:, None])
-    if RESIDUAL and not DOT:
-        d_k += d_error
-    k = token_rows(k_ptr, tok, valid, d)
-    delta_t = tl.load(small + i[None, :] * D + d[:, None])
-    d_written = -product(tl.load(small + C * D + rows), delta_t, DT, PRECISION) * tl.load(wide + square)
+    d_written = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
+    d_written = d_written * tl.load(square(products, C)[0])
     if DEEP:
         q = token_rows(q_ptr, tok, valid, d)
         kt = token_columns(k_ptr, tok, valid, d)
-        square_t = i[None, :] * C + i[:, None]
-        written = tl.load(write + square).to(tl.float32)
-        written_t = tl.load(write + square_t).to(tl.float32)
-        d_written += d_scores * product(q, kt, DT, PRECISION)
-        d_q += product(d_scores * written, k, DT, PRECISION)
-        d_k += product(tl.load(wide + C * C + square_t) * written_t, q, DT, PRECISION)
-        if RESIDUAL:
-            d_q += token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
-        tl.store(d_q_ptr + at, d_q.to(DT), mask=valid[:, None])
-    tl.store(d_write + square, d_written.to(d_write.dtype.element_ty))
-    d_k += lower_backward(k_ptr, tok, valid, anchor, grads, small, wide, own, D, F, C, BF, DEEP, NORM or not DOT, DT,
-                          PRECISION)  # fmt: skip
+        d_written += tl.load(square(scores, C)[0]) * product(q, kt, DT, PRECISION)
+    tl.store(square(d_write, C)[0], d_written.to(d_write.dtype.element_ty))
+    tl.debug_barrier()
+    d_k = keys_down(k_ptr, tok, valid, anchor, grads, small, wide, own, D, F, C, BF, DEEP, NORM or not DOT, MOMENTUM,
+                    DT, PRECISION)  # fmt: skip
+    if DEEP:
+        d_k += tl.load(tall(d_keys, C, D)[0])
+    if RESIDUAL and not DOT:
+        d_k += d_error
     tl.store(d_k_ptr + at, d_k.to(DT), mask=valid[:, None])
     tl.debug_barrier()
+    of_gates = d_retain, d_carry, d_end_write, d_end_momentum, d_end_retain, d_end_carry, d_end_inertia
     return d_scale + more_scale, of_gates

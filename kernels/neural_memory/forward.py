@@ -21,6 +21,7 @@ from .cost import kept_slots, segment_chunks
 from .gate_kernels import run_gates
 from .spec import MemorySpec
 from .tiles import (
+    begin_state,
     clear,
     copy,
     gelu,
@@ -47,7 +48,7 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, D: tl.constexpr, F: tl.c
     last = tl.zeros([C, D], tl.float32)
     if NORM or not DOT:
         k = token_rows(k_ptr, tok, valid, d)
-        for start in range(0, F, BF):
+        for start in tl.range(0, F, BF, disable_licm=True):
             f = start + tl.arange(0, BF)
             if DEEP:
                 hidden, _ = gelu(product(k, tl.load(u1 + d[:, None] * F + f[None, :]), DT, PRECISION))
@@ -73,16 +74,18 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, D: tl.constexpr, F: tl.c
 
 
 @triton.jit
-def outer_pass(q_ptr, k_ptr, tok, valid, delta, anchor, old, new, saved, write, gates, delta1_ptr,
+def outer_pass(q_ptr, k_ptr, tok, valid, delta, anchor, old, new, saved, write, gates, workspace,
                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
                MOMENTUM: tl.constexpr, READ: tl.constexpr, UPDATE: tl.constexpr, SAVE: tl.constexpr,
                DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """READ: the reads up to the LayerNorm, but for the term of the last layer's scores; with h h_Kᵀ of that layer.
     UPDATE: the state after the step, ``new``, which may be where ``old`` is. SAVE: see :func:`save`. Not UPDATE: Δ of
-    the first layer to ``delta1_ptr``."""
+    the first layer and both pre-activations to ``workspace``. ``anchor``, ``old``, ``new``: where the two layers begin;
+    S follows W."""
+    SIZE: tl.constexpr = D * F
     u1, u2 = anchor
-    w1, s1, w2, s2 = old
-    new_w1, new_s1, new_w2, new_s2 = new
+    old1, old2 = old
+    new1, new2 = new
     retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
     d = tl.arange(0, D)
     k = token_rows(k_ptr, tok, valid, d)
@@ -93,7 +96,7 @@ def outer_pass(q_ptr, k_ptr, tok, valid, delta, anchor, old, new, saved, write, 
         scores = product(q, kt, DT, PRECISION) * tl.load(write).to(tl.float32)
     products = tl.zeros([C, C], tl.float32)
     out = tl.zeros([C, D], tl.float32)
-    for start in range(0, F, BF):
+    for start in tl.range(0, F, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
@@ -107,21 +110,25 @@ def outer_pass(q_ptr, k_ptr, tok, valid, delta, anchor, old, new, saved, write, 
             # The hidden keys, transposed: a product of their own instead of the transpose of a product.
             hidden_t, _ = gelu(product(tl.trans(first), kt, DT, PRECISION))
             if not UPDATE:
-                tl.store(delta1_ptr + (tl.arange(0, C)[:, None] * F + f[None, :]), delta1.to(DT))
-            weight1 = tl.load(w1 + at1)
+                at_hidden = tl.arange(0, C)[:, None] * F + f[None, :]
+                tl.store(workspace[0] + at_hidden, delta1.to(DT))
+                tl.store(workspace[1] + at_hidden, before)
+            weight1 = tl.load(old1 + at1)
             if MOMENTUM:
-                moment1 = tl.load(s1 + at1)
+                moment1 = tl.load(old1 + SIZE + at1)
         else:
             hidden_t = token_columns(k_ptr, tok, valid, f)
-        weight2 = tl.load(w2 + at2)
+        weight2 = tl.load(old2 + at2)
         if MOMENTUM:
-            moment2 = tl.load(s2 + at2)
+            moment2 = tl.load(old2 + SIZE + at2)
         if READ:
             if DEEP:
                 pre = product(q, weight1, DT, PRECISION) * retain[:, None] - product(scores, delta1, DT, PRECISION)
                 if MOMENTUM:
                     pre += product(q, moment1, DT, PRECISION) * carry[:, None]
                 read, _ = gelu(pre)
+                if not UPDATE:
+                    tl.store(workspace[2] + at_hidden, pre)
             else:
                 read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
             products += product(read, hidden_t, DT, PRECISION)
@@ -130,22 +137,22 @@ def outer_pass(q_ptr, k_ptr, tok, valid, delta, anchor, old, new, saved, write, 
                 out += product(read * carry[:, None], moment2, DT, PRECISION)
         if UPDATE:
             if DEEP:
-                after = end_retain * weight1 - product(kt * end_write[None, :], delta1, DT, PRECISION)
+                after = end_retain * weight1 - product(kt, delta1 * end_write[:, None], DT, PRECISION)
                 if MOMENTUM:
                     after += end_carry * moment1
-                    inert = end_inertia * moment1 - product(kt * end_momentum[None, :], delta1, DT, PRECISION)
-                    tl.store(new_s1 + at1, inert)
-                tl.store(new_w1 + at1, after)
+                    inert = end_inertia * moment1 - product(kt, delta1 * end_momentum[:, None], DT, PRECISION)
+                    tl.store(new1 + SIZE + at1, inert)
+                tl.store(new1 + at1, after)
                 if SAVE:
-                    save(saved, 0, weight1, moment1, after, at1, D * F, MOMENTUM)
-            after = end_retain * weight2 - product(hidden_t * end_write[None, :], delta, DT, PRECISION)
+                    save(saved, 0, weight1, moment1, after, at1, SIZE, MOMENTUM)
+            after = end_retain * weight2 - product(hidden_t, delta * end_write[:, None], DT, PRECISION)
             if MOMENTUM:
                 after += end_carry * moment2
-                inert = end_inertia * moment2 - product(hidden_t * end_momentum[None, :], delta, DT, PRECISION)
-                tl.store(new_s2 + at2, inert)
-            tl.store(new_w2 + at2, after)
+                inert = end_inertia * moment2 - product(hidden_t, delta * end_momentum[:, None], DT, PRECISION)
+                tl.store(new2 + SIZE + at2, inert)
+            tl.store(new2 + at2, after)
             if SAVE:
-                save(saved, 1, weight2, moment2, after, at2, D * F, MOMENTUM)
+                save(saved, 1, weight2, moment2, after, at2, SIZE, MOMENTUM)
     return products, out
 
 
@@ -162,40 +169,31 @@ def save(saved, LAYER: tl.constexpr, weight, moment, after, at, SIZE: tl.constex
 
 @triton.jit(do_not_specialize=["T"])
 def neural_memory_forward(
-    q_ptr, k_ptr, v_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_w1, start_s1, start_u1, start_w2,
-    start_s2, start_u2, position_ptr, cu_ptr, o_ptr, w1_ptr, s1_ptr, u1_ptr, w2_ptr, s2_ptr, u2_ptr, kept1_ptr,
-    kept2_ptr, T, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, o_ptr, state_ptr,
+    kept_ptr, T, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
     EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
-    MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
-    KEEP: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """See the module. ``start_*``: the state before the call, or W_0 [H, ·, ·]; ``w``, ``s``, ``u``: that after it, and
-    the running one in between; ``kept``: [W; S] every EVERY chunks."""
+    """See the module. ``start``: the state before the call, or W_0 of each layer [H, ·]; ``state``: that after it, and
+    the running one in between, [N, H, ·] with W, S and the anchor of each layer; ``kept``: W and S every EVERY chunks,
+    [slots, H, ·].
+
+    ``zero`` is 0, which the compiler does not know: addresses that move by it are not kept in registers over all steps.
+    """
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
     SIZE: tl.constexpr = D * F
+    LAYERS: tl.constexpr = 2 if DEEP else 1
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
+    WHOLE: tl.constexpr = (COPIES + 1) * SIZE
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
-    own = (n * H + h).to(tl.int64) * SIZE
-    origin = own if STATE else h * SIZE
-    w1, s1, u1 = w1_ptr + own, s1_ptr + own, u1_ptr + own
-    w2, s2, u2 = w2_ptr + own, s2_ptr + own, u2_ptr + own
-    copy(w2, start_w2 + origin, SIZE)
-    if DEEP:
-        copy(w1, start_w1 + origin, SIZE)
-    if MOMENTUM:
-        if STATE:
-            copy(s2, start_s2 + own, SIZE)
-            if DEEP:
-                copy(s1, start_s1 + own, SIZE)
-        else:
-            clear(s2, SIZE)
-            if DEEP:
-                clear(s1, SIZE)
+    own = state_ptr + (n * H + h).to(tl.int64) * (LAYERS * WHOLE)
+    begin_state(own, start_ptr, n, h, H, SIZE, LAYERS, COPIES, COPIES + 1, STATE)
     if STATE:
-        copy(u2, start_u2 + own, SIZE)
-        if DEEP:
-            copy(u1, start_u1 + own, SIZE)
+        for layer in tl.static_range(LAYERS):
+            at = layer * WHOLE + COPIES * SIZE
+            copy(own + at, start_ptr + (n * H + h).to(tl.int64) * (LAYERS * WHOLE) + at, SIZE)
     tl.debug_barrier()
     d = tl.arange(0, D)
     i = tl.arange(0, C)
@@ -205,33 +203,30 @@ def neural_memory_forward(
     filled = place + length
     slots = (begin // (CHUNK * EVERY) + n).to(tl.int64)
     last_step = tl.where(length > 0, tl.cdiv(filled, C), 0)
-    for j in range(place // C, last_step):
+    for j in tl.range(place // C, last_step, disable_licm=True):
         base = j * C
-        still = j * 16 * zero  # see the docstring
-        w1, s1, u1 = w1_ptr + own + still, s1_ptr + own + still, u1_ptr + own + still
-        w2, s2, u2 = w2_ptr + own + still, s2_ptr + own + still, u2_ptr + own + still
+        state1 = own + j * 16 * zero
+        state2 = state1 + (LAYERS - 1) * WHOLE
+        u1 = state1 + COPIES * SIZE
+        u2 = state2 + COPIES * SIZE
         opens = (base % CHUNK == 0) & ((base > 0) | (not STATE))
         # Later steps, or the next call, need the anchor beside the running weights.
         opening = opens & ((C < CHUNK) | (base + CHUNK > filled))
         ending = (base + C == filled) & (filled % CHUNK == 0)
         keeping = (base > 0) & (base % (CHUNK * EVERY) == 0) & KEEP
         slot = tl.where(keeping, slots + base // (CHUNK * EVERY) - 1, 0) * H + h
-        saved = (
-            (u1, u2),
-            (kept1_ptr + slot * (COPIES * SIZE), kept2_ptr + slot * (COPIES * SIZE)),
-            opening,
-            ending,
-            keeping,
-        )
+        kept = kept_ptr + slot * (LAYERS * COPIES * SIZE)
+        saved = (u1, u2), (kept, kept + (LAYERS - 1) * COPIES * SIZE), opening, ending, keeping
         token, valid = step_tokens(j, begin, length, place, C)
         tok = (token * H + h) * D
-        gates = load_gates(vectors_ptr, ends_ptr, step_slot(j, n, begin, place, C) * H + h, C)
-        write = write_ptr + (step_slot(j, n, begin, place, C) * H + h) * (C * C) + i[:, None] * C + i[None, :]
-        anchor = tl.where(opens, w1, u1), tl.where(opens, w2, u2)
+        slot = step_slot(j, n, begin, place, C) * H + h
+        gates = load_gates(vectors_ptr, ends_ptr, slot, C)
+        write = write_ptr + slot * (C * C) + i[:, None] * C + i[None, :]
+        anchor = tl.where(opens, state1, u1), tl.where(opens, state2, u2)
         _, _, _, delta = inner_pass(
             k_ptr, v_ptr, tok, valid, anchor, scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
         )
-        state = w1, s1, w2, s2
+        state = state1, state2
         products, out = outer_pass(
             q_ptr, k_ptr, tok, valid, delta, anchor, state, state, saved, write, gates, o_ptr, D, F, C, BF, DEEP,
             MOMENTUM, True, True, True, DT, PRECISION,
@@ -244,16 +239,13 @@ def neural_memory_forward(
         tl.store(o_ptr + tok[:, None] + d[None, :], out.to(o_ptr.dtype.element_ty), mask=valid[:, None])
         tl.debug_barrier()
     if (length == 0) & (not STATE):
-        copy(u2, w2, SIZE)
-        if DEEP:
-            copy(u1, w1, SIZE)
+        for layer in tl.static_range(LAYERS):
+            copy(own + layer * WHOLE + COPIES * SIZE, own + layer * WHOLE, SIZE)
     if KEEP:
         # An operator's results must repeat: places that no chunk reached are zero.
         used = slots + tl.maximum(filled - 1, 0) // (CHUNK * EVERY)
-        for i in range(used, (begin + length) // (CHUNK * EVERY) + n + 1):
-            clear(kept2_ptr + (i * H + h) * (COPIES * SIZE), COPIES * SIZE)
-            if DEEP:
-                clear(kept1_ptr + (i * H + h) * (COPIES * SIZE), COPIES * SIZE)
+        for spare in range(used, (begin + length) // (CHUNK * EVERY) + n + 1):
+            clear(kept_ptr + (spare * H + h) * (LAYERS * COPIES * SIZE), LAYERS * COPIES * SIZE)
 
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -300,22 +292,23 @@ def forward_configs(constants: Mapping[str, Any]) -> list[Config]:
 FORWARD = Kernel(neural_memory_forward, forward_configs, forward_pairs)
 
 
-def by_layer(tensors: Sequence[Tensor], layers: int, absent: Tensor) -> list[Tensor]:
-    """(W, S, anchor) of two layers from a state's tensors in the order of ``state_names``; ``absent`` elsewhere.
-
-    A linear memory has the last layer alone.
-    """
-    parts = {2: ("w", "u"), 3: ("w", "s", "u")}[len(tensors) // layers] if tensors else ()
-    found = {(part, i): tensors[p * layers + i] for p, part in enumerate(parts) for i in range(layers)}
-    places = [(part, i) for i in range(2 - layers, 2) for part in "wsu"]
-    every = [(part, i) for i in (0, 1) for part in "wsu"]
-    return [found.get((part, i + layers - 2), absent) if (part, i) in places else absent for part, i in every]
+def pack(tensors: Sequence[Tensor], layers: int) -> Tensor:
+    """[..., in, out] of every layer, part by part as ``state_names`` has them, as one [..., ·], layer by layer."""
+    parts = len(tensors) // layers
+    return torch.cat([tensors[p * layers + i].flatten(-2) for i in range(layers) for p in range(parts)], -1)
 
 
-def named(prefix: str, suffix: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The six tensors of :func:`by_layer` as arguments ``<prefix>w1<suffix>`` and so on."""
-    names = [f"{prefix}{part}{i}{suffix}" for i in (1, 2) for part in "wsu"]
-    return dict(zip(names, tensors, strict=True))
+def unpack(packed: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`pack`; every tensor its own."""
+    layers, parts = len(weights), packed.shape[-1] // sum(w[0].numel() for w in weights)
+    sizes = [w[0].numel() for w in weights for _ in range(parts)]
+    flat = packed.split(sizes, -1)
+    order = [i * parts + p for p in range(parts) for i in range(layers)]
+    shapes = list(weights) * parts
+    return [
+        flat[place].unflatten(-1, w.shape[1:]).clone(memory_format=torch.contiguous_format)
+        for place, w in zip(order, shapes, strict=True)
+    ]
 
 
 def run_forward(
@@ -328,20 +321,18 @@ def run_forward(
     spec: MemorySpec,
     keep: bool,
 ) -> list[Tensor]:
-    """What the operator returns: o, the state's tensors after the call, the position, and [W; S] of each layer every
-    EVERY chunks (empty unless ``keep``)."""
+    """What the operator returns: o, the state's tensors after the call, the position, and W and S every EVERY chunks
+    (none unless ``keep``)."""
     q, k, v, step, log_retain, log_momentum = (None if x is None else x.contiguous() for x in tokens)
     assert q is not None and k is not None and v is not None and step is not None
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     constants = constants_of(q, weights, bool(state), cu_seqlens is not None, keep, spec)
     parts = 3 if spec.has_momentum else 2
     o = torch.empty_like(v)
-    final = [w.new_empty((rows, *w.shape), dtype=torch.float32) for w in list(weights) * parts]
+    size = sum(w[0].numel() for w in weights)
+    final = step.new_empty((rows, constants["H"], parts * size))
     slots = kept_slots(q.shape[0] * q.shape[1], rows, spec.chunk_size, constants["EVERY"]) if keep else 0
-    kept = [
-        w.new_empty((slots, w.shape[0], w.shape[1] * (parts - 1), w.shape[2]), dtype=torch.float32) for w in weights
-    ]
-    start = [x.contiguous() for x in (state or [*weights, *([weights[0]] * (len(weights) * (parts - 1)))])]
+    kept = step.new_empty((slots, constants["H"], (parts - 1) * size))
     write, vectors, ends = run_gates(step, log_retain, log_momentum, position, cu_seqlens, rows, constants, q.dtype)
     arguments = {
         "q_ptr": q,
@@ -351,13 +342,12 @@ def run_forward(
         "vectors_ptr": vectors,
         "ends_ptr": ends,
         "norm_ptr": q if norm is None else norm.contiguous(),
-        **named("start_", "", by_layer(start, spec.layers, step)),
+        "start_ptr": pack(state or weights, spec.layers),
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
         "o_ptr": o,
-        **named("", "_ptr", by_layer(final, spec.layers, step)),
-        "kept1_ptr": kept[0],
-        "kept2_ptr": kept[-1],
+        "state_ptr": final,
+        "kept_ptr": kept,
         "T": q.shape[1],
         "zero": 0,
     }
@@ -366,4 +356,4 @@ def run_forward(
     lengths = q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
     before = torch.zeros(rows, dtype=torch.int32, device=q.device) if position is None else position
     after = torch.remainder(before + lengths, spec.chunk_size).to(torch.int32)
-    return [o, *final, after, *kept]
+    return [o, *unpack(final, weights), after, kept]

@@ -155,7 +155,7 @@ def neural_memory_op(
     keep: bool,
     triton: bool,
 ) -> list[Tensor]:
-    """[o, final W, S and anchor of each layer, position, and with ``keep`` the kept [W; S] of each layer]."""
+    """[o, final W, S and anchor of each layer, position, and with ``keep`` the kept [W; S], by layer or as one]."""
     what = MemorySpec.decode(spec)
     if triton:
         from .forward import run_forward
@@ -197,7 +197,11 @@ def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, c
     parts = 3 if what.has_momentum else 2
     final = [w.new_empty((rows, *w.shape), dtype=kind) for w in list(weights) * parts]
     slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
-    saved = [w.new_empty((slots, w.shape[0], w.shape[1] * (parts - 1), w.shape[2]), dtype=kind) for w in weights]
+    if triton:
+        size = sum(w.shape[1] * w.shape[2] for w in weights)
+        saved = [q.new_empty((slots, q.shape[2], (parts - 1) * size), dtype=kind)]
+    else:
+        saved = [w.new_empty((slots, w.shape[0], w.shape[1] * (parts - 1), w.shape[2]), dtype=kind) for w in weights]
     return [
         torch.empty_like(v, memory_format=torch.contiguous_format),
         *final,

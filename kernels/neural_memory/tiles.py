@@ -5,6 +5,9 @@ chunk, or a part of one longer than a tile can be); ``tok`` [C] are its tokens' 
 holds a token.
 """
 
+import inspect
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -14,6 +17,24 @@ EPS = tl.constexpr(LAYER_NORM_EPS)
 # gelu in its tanh form is x σ(w), w = SLOPE x + CUBE x³.
 SLOPE = tl.constexpr(1.5957691216057308)
 CUBE = tl.constexpr(0.07135481627159471)
+
+
+def _take_loop_hint() -> None:
+    """Lets ``tl.range`` of Triton 3.4 take ``disable_licm``, a hint that came with 3.5, and ignore it.
+
+    A loop here has hundreds of values that do not change inside it: the places of tiles in shared memory. Kept in
+    registers over all steps they would push out the tiles themselves.
+    """
+    before = tl.range.__init__
+    if "disable_licm" not in inspect.signature(before).parameters:
+
+        def __init__(self: Any, *args: Any, disable_licm: bool = False, **kwargs: Any) -> None:
+            before(self, *args, **kwargs)
+
+        tl.range.__init__ = __init__
+
+
+_take_loop_hint()
 
 
 @triton.jit
@@ -36,8 +57,8 @@ def token_columns(ptr, tok, valid, rows):
 
 @triton.jit
 def copy(target, source, COUNT: tl.constexpr):
-    """COUNT numbers, a power of two."""
-    BLOCK: tl.constexpr = min(COUNT, 2048)
+    """COUNT numbers, a multiple of 256."""
+    BLOCK: tl.constexpr = 2048 if COUNT % 2048 == 0 else 256
     at = tl.arange(0, BLOCK)
     for i in range(0, COUNT, BLOCK):
         tl.store(target + i + at, tl.load(source + i + at).to(target.dtype.element_ty))
@@ -46,7 +67,7 @@ def copy(target, source, COUNT: tl.constexpr):
 @triton.jit
 def clear(target, COUNT: tl.constexpr):
     """COUNT zeros."""
-    BLOCK: tl.constexpr = min(COUNT, 2048)
+    BLOCK: tl.constexpr = 2048 if COUNT % 2048 == 0 else 256
     at = tl.arange(0, BLOCK)
     for i in range(0, COUNT, BLOCK):
         tl.store(target + i + at, tl.zeros([BLOCK], target.dtype.element_ty))
@@ -55,12 +76,27 @@ def clear(target, COUNT: tl.constexpr):
 @triton.jit
 def fold(target, source, COUNT: tl.constexpr):
     """target += source; source = 0."""
-    BLOCK: tl.constexpr = min(COUNT, 2048)
+    BLOCK: tl.constexpr = 2048 if COUNT % 2048 == 0 else 256
     at = tl.arange(0, BLOCK)
     for i in range(0, COUNT, BLOCK):
         more = tl.load(source + i + at)
         tl.store(target + i + at, tl.load(target + i + at) + more)
         tl.store(source + i + at, tl.zeros([BLOCK], tl.float32))
+
+
+@triton.jit
+def begin_state(target, start_ptr, n, h, H: tl.constexpr, SIZE: tl.constexpr, LAYERS: tl.constexpr,
+                COPIES: tl.constexpr, PARTS: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
+    """W and S of every layer as a call begins: those of its state, or W_0 and zeros. PARTS: tensors per layer in
+    ``target``."""
+    for layer in tl.static_range(LAYERS):
+        if STATE:
+            given = start_ptr + (n * H + h).to(tl.int64) * (LAYERS * (COPIES + 1) * SIZE)
+            copy(target + layer * PARTS * SIZE, given + layer * (COPIES + 1) * SIZE, COPIES * SIZE)
+        else:
+            copy(target + layer * PARTS * SIZE, start_ptr + (h * LAYERS + layer) * SIZE, SIZE)
+            if COPIES == 2:
+                clear(target + (layer * PARTS + 1) * SIZE, SIZE)
 
 
 @triton.jit
