@@ -4,13 +4,16 @@ from torch import Tensor
 
 from .. import check
 from ..op import register
-from . import chunked, reference
+from . import chunked, fused, reference
 from .cost import cost
 
 __all__ = ["l2_norm", "rms_norm"]
 
-RMS_NORM = register("rms_norm", cost=cost, reference=reference.normalise, torch=chunked.normalise)
-L2_NORM = register("l2_norm", cost=cost, reference=reference.normalise, torch=chunked.normalise)
+BACKENDS = {"reference": reference.normalise, "torch": chunked.normalise, "triton": fused.normalise}
+RMS_NORM = register("rms_norm", cost=cost, **BACKENDS)
+L2_NORM = register("l2_norm", cost=cost, **BACKENDS)
+
+WIDEST = 16384  # a row lies in the registers of one program
 
 
 def rms_norm(
@@ -30,7 +33,8 @@ def rms_norm(
         weight: [D] or None for ones.
         gate: in x's shape, or None for no gate.
         eps: added to the mean of squares, > 0.
-        backend: "reference" or "torch"; None: see :func:`palimpsest.kernels.backend.resolve`.
+        backend: "reference", "torch" or "triton" (not float64, D <= 16384); None: see
+            :func:`palimpsest.kernels.backend.resolve`.
 
     Returns: y in x's shape and dtype.
 
@@ -38,7 +42,7 @@ def rms_norm(
         ValueError: naming the argument whose shape, dtype, device or value does not fit.
     """
     _check(x, weight, gate, eps)
-    return RMS_NORM.choose(x.device, backend)(x, weight, gate, float(eps), True)
+    return RMS_NORM.choose(x.device, backend, _unfit(x))(x, weight, gate, float(eps), True)
 
 
 def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
@@ -49,7 +53,8 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tens
     Args:
         x: [..., D], float16, bfloat16, float32 or float64; half precision is computed in float32.
         eps: added to the sum of squares, > 0; a zero vector stays zero.
-        backend: "reference" or "torch"; None: see :func:`palimpsest.kernels.backend.resolve`.
+        backend: "reference", "torch" or "triton" (not float64, D <= 16384); None: see
+            :func:`palimpsest.kernels.backend.resolve`.
 
     Returns: y in x's shape and dtype.
 
@@ -57,7 +62,14 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tens
         ValueError: naming the argument whose shape, dtype or value does not fit.
     """
     _check(x, None, None, eps)
-    return L2_NORM.choose(x.device, backend)(x, None, None, float(eps), False)
+    return L2_NORM.choose(x.device, backend, _unfit(x))(x, None, None, float(eps), False)
+
+
+def _unfit(x: Tensor) -> tuple[str, object, str] | None:
+    """Why the Triton kernels do not cover a call."""
+    if x.shape[-1] > WIDEST:
+        return "D of x", x.shape[-1], f"be at most {WIDEST}"
+    return check.no_float64("x", x)
 
 
 def _check(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) -> None:

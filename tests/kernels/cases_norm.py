@@ -26,12 +26,14 @@ def costs(arguments: dict[str, Any]) -> tuple[Cost, Cost]:
     return cost(arguments["x"].shape, **known), cost(arguments["x"].shape, **known, backward=True)
 
 
-for name, (operation, call, weight, gate) in {
-    "rms_norm/plain": ("rms_norm", rms_norm, False, False),
-    "rms_norm/weight": ("rms_norm", rms_norm, True, False),
-    "rms_norm/gate": ("rms_norm", rms_norm, False, True),
-    "rms_norm/weight_gate": ("rms_norm", rms_norm, True, True),
-    "l2_norm": ("l2_norm", l2_norm, False, False),
+PLAIN = ("reference", "torch")
+
+for name, (operation, call, weight, gate, *backends) in {
+    "rms_norm/plain": ("rms_norm", rms_norm, False, False, *PLAIN),
+    "rms_norm/weight": ("rms_norm", rms_norm, True, False, *PLAIN, "triton"),
+    "rms_norm/gate": ("rms_norm", rms_norm, False, True, *PLAIN),
+    "rms_norm/weight_gate": ("rms_norm", rms_norm, True, True, *PLAIN, "triton"),
+    "l2_norm": ("l2_norm", l2_norm, False, False, *PLAIN, "triton"),
 }.items():
     register_case(
         OperationCase(
@@ -41,5 +43,6 @@ for name, (operation, call, weight, gate) in {
             make=partial(make, weight=weight, gate=gate),
             tokens=("x", "gate") if gate else ("x",),
             cost=costs,
+            backends=tuple(backends),
         )
     )

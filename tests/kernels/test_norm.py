@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import EXACT, Draw, assert_close, assert_same, error
+from harness import DEVICE, EXACT, Draw, assert_close, assert_same, error
+from triton_checks import CLOSE, check_configurations
 
 from palimpsest.kernels import l2_norm, rms_norm
 
@@ -48,6 +49,40 @@ def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     assert_close([found], [wanted], EXACT, "value")
     gradients = [torch.autograd.grad(y.sum(), (x, weight), materialize_grads=True) for y in (found, wanted)]
     assert_close(*gradients, EXACT, "gradients")
+
+
+@pytest.mark.parametrize("weight, gate", [(False, False), (True, False), (False, True), (True, True)])
+def test_kernels_over_many_rows(weight: bool, gate: bool) -> None:
+    """More rows than one program of the backward takes, of a width that is no power of two, in a wider tensor."""
+    source = Draw(0, torch.float64)
+    x, gates, scale = source.normal(3, 50, 21), source.normal(3, 50, 20), source.normal(20)
+
+    def run(backend: str, kind: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(DEVICE, kind).requires_grad_() for t in (x, scale, gates)]
+        y = rms_norm(
+            leaves[0][..., :20], leaves[1] if weight else None, gate=leaves[2] if gate else None, backend=backend
+        )
+        wanted = [leaves[0], *leaves[1 : 1 + weight], *leaves[2 : 2 + gate]]
+        return [y.detach(), *torch.autograd.grad((y * source.normal(3, 50, 20).to(y)).sum(), wanted)]
+
+    source = Draw(1, torch.float64)
+    found = run("triton", torch.float32)
+    source = Draw(1, torch.float64)
+    assert_close(found, run("reference", torch.float64), CLOSE, "rms_norm")
+
+
+def test_every_configuration_is_right() -> None:
+    for width in (20, 3000):
+        x, gate = (torch.zeros(2, width, requires_grad=True) for _ in range(2))
+        weight = torch.zeros(width, requires_grad=True)
+        check_configurations(lambda x=x, w=weight, g=gate: rms_norm(x, w, gate=g, backend="triton").sum().backward())
+
+
+def test_what_the_kernels_do_not_cover_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^x.dtype was float64; it must be float32 or narrower for backend 'triton'"):
+        l2_norm(torch.zeros(2, 5, dtype=torch.float64, device=DEVICE), backend="triton")
+    with pytest.raises(ValueError, match=r"^D of x was 16385; it must be at most 16384 for backend 'triton'"):
+        rms_norm(torch.zeros(2, 16385, device=DEVICE), backend="triton")
 
 
 @pytest.mark.parametrize(
