@@ -30,13 +30,14 @@ def put_gate(x, value, first, stop, head, H: tl.constexpr, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["scale", "length", "count"])
 def memory_written_backward(
-    q, k, log_decay, d_o, table, d_local, scale, length, count,
+    q, k, log_decay, d_o, d_states, table, d_local, scale, length, count,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     DELTA: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, STATE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of what one chunk writes, [B, T, H, D_v], as far as the chunk itself reads it; a block of columns."""
+    """Gradient of what one chunk writes, [B, T, H, D_v], a block of columns. For the delta rule as far as the chunk
+    itself reads it, and :func:`memory_states_backward` goes on; for linear attention, after that kernel, all of it."""
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
     first, stop = chunk_of(slot, table, length, count, C, PACKED)
     if first >= stop:
@@ -44,10 +45,13 @@ def memory_written_backward(
     d, e = tl.arange(0, D), tl.program_id(1) * BV + tl.arange(0, BV)
     keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
     queries = turned(q + head * D, first, stop, d, Q_STRIDE, C)
-    total, _ = cumulative(log_decay, first, stop, head, H, C, DECAY)
+    total, last = cumulative(log_decay, first, stop, head, H, C, DECAY)
     scores = tl.dot(keys, queries, input_precision=PRECISION) * upper(total, C, DECAY, False) * scale
     grad = tile(d_o + head * DV, first, stop, e, H * DV, C)
     found = tl.dot(scores.to(grad.dtype), grad, input_precision=PRECISION)
+    if not DELTA:
+        ds = tl.load(d_states + (slot * H + head).to(tl.int64) * (D * DV) + d[:, None] * DV + e[None, :])
+        found += tl.dot(keys, ds, input_precision=PRECISION) * tl.exp(last - total)[:, None]
     put(d_local + head * DV, found, first, stop, e, H * DV, C)
 
 
@@ -98,71 +102,66 @@ def memory_states_backward(
 
 @triton.jit(do_not_specialize=["scale", "length", "count"])
 def memory_gradients(
-    q, k, written, beta, log_decay, states, d_o, d_states, table, d_q, d_k, d_v, d_decay, scale, length, count,
+    q, k, written, beta, log_decay, states, d_o, d_states, table, d_q, d_k, d_decay, scale, length, count,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     DELTA: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, STATE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and head: gradients of q and, of linear attention, of k, v and the log decay. For the delta rule
-    ``d_k`` and ``d_decay`` are those through what is read, the latter of G; :func:`delta_gradients` goes on."""
+    """One chunk and head: gradients of q and, of linear attention, of k and the log decay. For the delta rule ``d_k``
+    and ``d_decay`` are those through what is read, the latter of G; :func:`delta_gradients` goes on."""
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
     first, stop = chunk_of(slot, table, length, count, C, PACKED)
     if first >= stop:
         return
     i, d = tl.arange(0, C), tl.arange(0, D)
-    total, last = cumulative(log_decay, first, stop, head, H, C, DECAY)
+    FROM: tl.constexpr = H * DV if DELTA else V_STRIDE
     matrix = (slot * H + head).to(tl.int64) * (D * DV)
-    d_scores, d_turned = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    d_read, d_kept = tl.zeros([C, D], tl.float32), tl.zeros([C, D], tl.float32)
-    d_whole = tl.zeros([D], tl.float32)
-    if not DELTA:
-        keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
-        queries_turned = turned(q + head * D, first, stop, d, Q_STRIDE, C)
-        scores = tl.dot(keys, queries_turned, input_precision=PRECISION) * upper(total, C, DECAY, False) * scale
-        scores = scores.to(keys.dtype)
+    # Keys j: products of what they wrote (rows) with gradients of later outputs (columns), and with the next state's.
+    crossed, of_k = tl.zeros([C, C], tl.float32), tl.zeros([C, D], tl.float32)
+    at_end = 0.0
+    for begin in range(0, DV, BV):
+        e = begin + tl.arange(0, BV)
+        values = tile(written + head * DV, first, stop, e, FROM, C)
+        grad = turned(d_o + head * DV, first, stop, e, H * DV, C)
+        crossed += tl.dot(values, grad, input_precision=PRECISION)
+        ds = tl.load(d_states + matrix + d[None, :] * DV + e[:, None])
+        of_k += tl.dot(values, ds, input_precision=PRECISION)
+        if DECAY:
+            s = tl.load(states + matrix + d[None, :] * DV + e[:, None])
+            at_end += tl.sum(s.to(tl.float32) * ds.to(tl.float32))
+    total, last = cumulative(log_decay, first, stop, head, H, C, DECAY)
+    crossed *= upper(total, C, DECAY, False) * scale
+    if DELTA:
+        crossed *= gate(beta, first, stop, head, H, C)[:, None]
+        of_k *= gate(beta, first, stop, head, H, C)[:, None]
+    keys = tile(k + head * D, first, stop, d, K_STRIDE, C).to(tl.float32)
+    if DECAY:
+        of_k *= tl.exp(last - total)[:, None]
+        at_end = at_end * tl.exp(last) + tl.sum(keys * of_k)
+    queries = tile(q + head * D, first, stop, d, Q_STRIDE, C)
+    of_k += tl.dot(crossed.to(queries.dtype), queries, input_precision=PRECISION)
+    put(d_k + head * D, of_k, first, stop, d, H * D, C)
+    of_total = tl.where(first + i == stop - 1, at_end, 0.0) - tl.sum(keys * of_k, 1)
+    # Queries i: products of gradients of outputs (rows) with what earlier tokens wrote (columns), and with the state.
+    crossed, of_q = tl.zeros([C, C], tl.float32), tl.zeros([C, D], tl.float32)
     for begin in range(0, DV, BV):
         e = begin + tl.arange(0, BV)
         grad = tile(d_o + head * DV, first, stop, e, H * DV, C)
-        grad_turned = turned(d_o + head * DV, first, stop, e, H * DV, C)
-        values = tile(written + head * DV, first, stop, e, H * DV if DELTA else V_STRIDE, C)
-        values_turned = turned(written + head * DV, first, stop, e, H * DV if DELTA else V_STRIDE, C)
+        values = turned(written + head * DV, first, stop, e, FROM, C)
+        crossed += tl.dot(grad, values, input_precision=PRECISION)
         s = tl.load(states + matrix + d[None, :] * DV + e[:, None])
-        ds = tl.load(d_states + matrix + d[None, :] * DV + e[:, None])
-        d_scores += tl.dot(grad, values_turned, input_precision=PRECISION)
-        d_turned += tl.dot(values, grad_turned, input_precision=PRECISION)
-        d_read += tl.dot(grad, s, input_precision=PRECISION)
-        d_kept += tl.dot(values, ds, input_precision=PRECISION)
-        if DECAY:
-            d_whole += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 0)
-        if not DELTA:
-            upright = tl.load(d_states + matrix + d[:, None] * DV + e[None, :])
-            found = tl.dot(keys, upright, input_precision=PRECISION)
-            if DECAY:
-                found *= tl.exp(last - total)[:, None]
-            found += tl.dot(scores, grad, input_precision=PRECISION)
-            put(d_v + head * DV, found, first, stop, e, H * DV, C)
-    queries = tile(q + head * D, first, stop, d, Q_STRIDE, C)
-    keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
-    d_scores *= lower(total, C, DECAY, False) * scale
-    d_turned *= upper(total, C, DECAY, False) * scale
-    d_read *= scale
+        of_q += tl.dot(grad, s, input_precision=PRECISION)
+    total, _ = cumulative(log_decay, first, stop, head, H, C, DECAY)
+    crossed *= lower(total, C, DECAY, False) * scale
     if DELTA:
-        weight = gate(beta, first, stop, head, H, C)
-        d_scores *= weight[None, :]
-        d_turned *= weight[:, None]
-        d_kept *= weight[:, None]
-    if DECAY:
-        d_read *= tl.exp(total)[:, None]
-        d_kept *= tl.exp(last - total)[:, None]
-    of_q = d_read + tl.dot(d_scores.to(keys.dtype), keys, input_precision=PRECISION)
-    of_k = d_kept + tl.dot(d_turned.to(queries.dtype), queries, input_precision=PRECISION)
+        crossed *= gate(beta, first, stop, head, H, C)[None, :]
+    of_q *= scale * tl.exp(total)[:, None]
+    keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
+    of_q += tl.dot(crossed.to(keys.dtype), keys, input_precision=PRECISION)
     put(d_q + head * D, of_q, first, stop, d, H * D, C)
-    put(d_k + head * D, of_k, first, stop, d, H * D, C)
     if DECAY:
-        at_end = tl.sum(d_whole, 0) * tl.exp(last) + tl.sum(keys.to(tl.float32) * d_kept)
-        of_total = tl.sum(queries.to(tl.float32) * of_q, 1) - tl.sum(keys.to(tl.float32) * of_k, 1)
-        of_total += tl.where(first + i == stop - 1, at_end, 0.0)
+        of_total += tl.sum(tile(q + head * D, first, stop, d, Q_STRIDE, C).to(tl.float32) * of_q, 1)
         if not DELTA:
             of_total = tl.cumsum(of_total, 0, reverse=True)
         put_gate(d_decay, of_total, first, stop, head, H, C)
@@ -184,43 +183,48 @@ def delta_gradients(
     if first >= stop:
         return
     i, d = tl.arange(0, C), tl.arange(0, D)
-    total, _ = cumulative(log_decay, first, stop, head, H, C, DECAY)
-    weight = gate(beta, first, stop, head, H, C)
     n = inverse + (slot * H + head).to(tl.int64) * (C * C)
     matrix = (slot * H + head).to(tl.int64) * (D * DV)
-    # Products of the errors with d_v: rows j of the errors and columns i of d_v, and the other way round.
-    crossed, crossed_turned = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    d_read = tl.zeros([C, D], tl.float32)
-    of_beta = tl.zeros([C], tl.float32)
+    # Gates and keys are read again wherever they are used: to hold them all along costs registers.
+    # Keys that answer, j: products of the errors (rows) with d_v of later tokens (columns).
+    crossed, of_beta = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for begin in range(0, DV, BV):
         e = begin + tl.arange(0, BV)
-        grad = tile(d_written + head * DV, first, stop, e, H * DV, C)
         error = tile(errors + head * DV, first, stop, e, H * DV, C)
-        of_beta += tl.sum(grad.to(tl.float32) * error.to(tl.float32), 1)
-        scaled = (grad.to(tl.float32) * weight[:, None]).to(grad.dtype)
-        n_turned = tl.load(n + i[:, None] + i[None, :] * C)
-        of_v = tl.dot(n_turned, scaled, input_precision=PRECISION)
-        put(d_v + head * DV, of_v, first, stop, e, H * DV, C)
-        error_turned = turned(errors + head * DV, first, stop, e, H * DV, C)
-        crossed_turned += tl.dot(of_v.to(error.dtype), error_turned, input_precision=PRECISION)
-        s = tl.load(states + matrix + d[None, :] * DV + e[:, None])
-        d_read += tl.dot(of_v.to(s.dtype), s, input_precision=PRECISION)
-        grad_turned = turned(d_written + head * DV, first, stop, e, H * DV, C)
-        scaled_turned = (grad_turned.to(tl.float32) * weight[None, :]).to(grad.dtype)
+        of_beta += tl.sum(tile(d_written + head * DV, first, stop, e, H * DV, C).to(tl.float32) * error, 1)
+        grad = turned(d_written + head * DV, first, stop, e, H * DV, C).to(tl.float32)
+        grad *= gate(beta, first, stop, head, H, C)[None, :]
         upright = tl.load(n + i[:, None] * C + i[None, :])
-        of_v_turned = tl.dot(scaled_turned, upright, input_precision=PRECISION)
-        crossed += tl.dot(error, of_v_turned.to(error.dtype), input_precision=PRECISION)
+        of_v = tl.dot(grad.to(upright.dtype), upright, input_precision=PRECISION)
+        crossed += tl.dot(error, of_v.to(error.dtype), input_precision=PRECISION)
+    total, _ = cumulative(log_decay, first, stop, head, H, C, DECAY)
+    crossed *= upper(total, C, DECAY, True)
     keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
     keys_turned = turned(k + head * D, first, stop, d, K_STRIDE, C)
-    above = upper(total, C, DECAY, True)
-    of_beta -= tl.sum(crossed * tl.dot(keys, keys_turned, input_precision=PRECISION) * above, 1)
+    of_beta -= tl.sum(crossed * tl.dot(keys, keys_turned, input_precision=PRECISION), 1)
     put_gate(d_beta, of_beta, first, stop, head, H, C)
+    crossed *= gate(beta, first, stop, head, H, C)[:, None]
+    keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
+    as_key = -tl.dot(crossed.to(keys.dtype), keys, input_precision=PRECISION)
+    # Keys that ask, i: the same products the other way round, d_v as rows, and those with the states.
+    crossed, as_query = tl.zeros([C, C], tl.float32), tl.zeros([C, D], tl.float32)
+    for begin in range(0, DV, BV):
+        e = begin + tl.arange(0, BV)
+        grad = tile(d_written + head * DV, first, stop, e, H * DV, C).to(tl.float32)
+        grad *= gate(beta, first, stop, head, H, C)[:, None]
+        n_turned = tl.load(n + i[:, None] + i[None, :] * C)
+        of_v = tl.dot(n_turned, grad.to(n_turned.dtype), input_precision=PRECISION)
+        put(d_v + head * DV, of_v, first, stop, e, H * DV, C)
+        error = turned(errors + head * DV, first, stop, e, H * DV, C)
+        crossed += tl.dot(of_v.to(error.dtype), error, input_precision=PRECISION)
+        s = tl.load(states + matrix + d[None, :] * DV + e[:, None])
+        as_query -= tl.dot(of_v.to(s.dtype), s, input_precision=PRECISION)
+    total, _ = cumulative(log_decay, first, stop, head, H, C, DECAY)
     if DECAY:
-        d_read *= tl.exp(total)[:, None]
-    d_lower = crossed_turned * lower(total, C, DECAY, True) * weight[None, :]
-    d_upper = crossed * above * weight[:, None]
-    as_query = -(d_read + tl.dot(d_lower.to(keys.dtype), keys, input_precision=PRECISION))
-    as_key = -tl.dot(d_upper.to(keys.dtype), keys, input_precision=PRECISION)
+        as_query *= tl.exp(total)[:, None]
+    crossed *= lower(total, C, DECAY, True) * gate(beta, first, stop, head, H, C)[None, :]
+    keys = tile(k + head * D, first, stop, d, K_STRIDE, C)
+    as_query -= tl.dot(crossed.to(keys.dtype), keys, input_precision=PRECISION)
     of_k = as_query + as_key + tile(d_k_read + head * D, first, stop, d, H * D, C)
     put(d_k + head * D, of_k, first, stop, d, H * D, C)
     if DECAY:
@@ -237,15 +241,43 @@ def _states_configs(constants: Mapping[str, Any]) -> list[Config]:
 
 
 def _gradients_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Tiles of C² and C·D numbers are held through the loop: eight warps have the registers for them."""
-    fourth = (32, 4, 2) if constants["D"] * constants["C"] <= 4096 else (64, 8, 1)
-    return configs(constants, (32, 8, 2), (32, 8, 1), (16, 8, 2), fourth)
+    """Tiles of C² and C·D numbers are held through the loops: wide ones want the registers of eight warps."""
+    if constants["D"] * constants["C"] <= 4096:
+        return configs(constants, (32, 4, 1), (32, 8, 1), (32, 8, 2))
+    return configs(constants, (32, 8, 2), (16, 8, 1))
 
 
 WRITTEN = Kernel(memory_written_backward, _written_configs, canary.backward)
 STATES = Kernel(memory_states_backward, _states_configs, canary.backward)
 GRADIENTS = Kernel(memory_gradients, _gradients_configs, canary.backward)
 DELTA = Kernel(delta_gradients, _gradients_configs, canary.backward)
+
+
+def _through_states(
+    call: Call, grad_o: Tensor, grad_final: Tensor, inverse: Tensor | None, common: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the states after each chunk, of what is written, and of the initial memory."""
+    d_states, d_state = call.new_states(), None if call.state is None else torch.empty_like(call.state)
+    d_local = call.q.new_empty(grad_o.shape)
+    towards = d_written = None
+    within = {"log_decay": call.log_decay, "d_o": grad_o, "d_states": d_states, "table": call.table, "d_local": d_local}
+    tokens = {"q": call.q, "k": call.k}
+    if inverse is not None:
+        towards, _ = call.transform(inverse, False)
+        d_written = call.q.new_empty(grad_o.shape)
+        WRITTEN(call.each_chunk_and_block, {**tokens, **within, **common}, call.constants)
+    STATES(
+        call.each_sequence_and_block,
+        {
+            **tokens, "towards": towards, "beta": call.beta, "log_decay": call.log_decay, "d_o": grad_o,
+            "d_local": d_local, "d_final": grad_final.contiguous(), "borders": call.borders, "offset": call.offset,
+            "d_states": d_states, "d_written": d_written, "d_state": d_state, **common,
+        },
+        call.constants,
+    )  # fmt: skip
+    if inverse is None:
+        WRITTEN(call.each_chunk_and_block, {**tokens, **within, **common}, call.constants)
+    return d_states, d_local if d_written is None else d_written, d_state
 
 
 def backward(
@@ -269,26 +301,8 @@ def backward(
     grad_o, delta = grad_o.contiguous(), beta is not None
     gates, tokens = {"beta": call.beta, "log_decay": call.log_decay}, {"q": call.q, "k": call.k}
     common = {"scale": scale, **call.where}
-    towards = d_local = d_written = None
-    if delta:
-        towards, _ = call.transform(inverse, False)
-        d_local, d_written = q.new_empty(v.shape), q.new_empty(v.shape)
-        WRITTEN(
-            call.each_chunk_and_block,
-            {**tokens, "log_decay": call.log_decay, "d_o": grad_o, "table": call.table, "d_local": d_local, **common},
-            call.constants,
-        )
-    d_states, d_state = call.new_states(), None if state is None else torch.empty_like(call.state)
-    STATES(
-        call.each_sequence_and_block,
-        {
-            **tokens, "towards": towards, **gates, "d_o": grad_o, "d_local": d_local,
-            "d_final": grad_final.contiguous(), "borders": call.borders, "offset": call.offset, "d_states": d_states,
-            "d_written": d_written, "d_state": d_state, **common,
-        },
-        call.constants,
-    )  # fmt: skip
-    d_q, d_k, d_v = (q.new_empty(x.shape) for x in (q, k, v))
+    d_states, d_written, d_state = _through_states(call, grad_o, grad_final, inverse, common)
+    d_q, d_k, d_v = q.new_empty(q.shape), q.new_empty(k.shape), d_written
     d_beta, d_decay = (None if x is None else torch.empty_like(x) for x in (call.beta, call.log_decay))
     d_k_read = q.new_empty(k.shape, dtype=torch.float32) if delta else d_k
     d_total = torch.empty_like(d_decay) if delta and d_decay is not None else d_decay
@@ -296,12 +310,12 @@ def backward(
         call.each_chunk,
         {
             **tokens, "written": errors if delta else call.v, **gates, "states": states, "d_o": grad_o,
-            "d_states": d_states, "table": call.table, "d_q": d_q, "d_k": d_k_read, "d_v": None if delta else d_v,
-            "d_decay": d_total, **common,
+            "d_states": d_states, "table": call.table, "d_q": d_q, "d_k": d_k_read, "d_decay": d_total, **common,
         },
         call.constants,
     )  # fmt: skip
     if delta:
+        d_v = q.new_empty(v.shape)
         DELTA(
             call.each_chunk,
             {
