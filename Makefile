@@ -10,13 +10,14 @@ TYPES = $(VENV)/types
 ROOMS = kernels models train eval configs
 ARGS =
 
-.PHONY: help quickstart test check lint types format clean
+.PHONY: help quickstart test check lint types format gpu clean
 
 help:
 	@echo "make quickstart   train a small Titans model on the Python standard library, evaluate it, and have it write"
 	@echo "make test         the whole test suite, on two processes"
 	@echo "make check        lint, formatting and types"
 	@echo "make format       rewrite the files as 'make check' wants them"
+	@echo "make gpu          on a GPU: is everything right there, and how fast is it; writes docs/results/<gpu>.json and .md"
 	@echo "make clean        remove caches and built packages (not .venv, not runs/)"
 	@echo "Each makes its own .venv when there is none, with $(PYTHON); PYTHON=python3.12 chooses another."
 
@@ -42,6 +43,13 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Installs nothing: the Python that has torch sees the folders through links that bear their installed names.
+gpu:
+	@mkdir -p build/links/palimpsest
+	@for room in $(ROOMS); do rm -f build/links/palimpsest/$$room && ln -s ../../../$$room build/links/palimpsest/$$room; done
+	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
+	PYTHONPATH=$(CURDIR)/build/links $$python -m palimpsest.kernels.profile gpu $(ARGS)
 
 clean:
 	rm -rf build dist palimpsest.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(TYPES)

@@ -75,7 +75,8 @@ _verdicts: dict[Path, Verdicts] = {}
 _chosen: dict[tuple[Any, ...], Config] = {}
 
 
-def _here() -> Verdicts:
+def here() -> Verdicts:
+    """The verdicts of the current GPU and this Triton."""
     import triton
 
     path = cache_file(torch.cuda.get_device_name(), triton.__version__)
@@ -123,7 +124,7 @@ def choose(kernel: Kernel, grid: Grid, arguments: dict[str, Any], constants: dic
     key = (kernel.name, torch.cuda.current_device(), full, tuple(sorted(constants.items(), key=lambda item: item[0])))
     if key in _chosen:
         return _chosen[key]
-    verdicts, name = _here(), describe(kernel, constants)
+    verdicts, name = here(), describe(kernel, constants)
     nested = is_forced()
     tune = os.environ.get(AUTOTUNE, "1") != "0" and not nested and not torch.cuda.is_current_stream_capturing()
     right, found = [], {}

@@ -3,10 +3,10 @@
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
@@ -40,24 +40,31 @@ Section = TypeVar("Section", bound=BaseModel)
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with two repairs: ``1e-3`` is a number (YAML 1.1 asks for ``1.0e-3``), and a repeated key is an error."""
+@cache
+def _loader() -> Any:
+    """YAML with two repairs: ``1e-3`` is a number (YAML 1.1 asks for ``1.0e-3``), and a repeated key is an error.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ConfigError(f"{key!r} stands twice in one section, again on line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    Imported by the first file that is read: a model made of a mapping needs no YAML.
+    """
+    import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    line = key_node.start_mark.line + 1
+                    raise ConfigError(f"{key!r} stands twice in one section, again on line {line}")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"),
+        list("-+0123456789."),
+    )
+    return Loader
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -67,9 +74,11 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: when there is no such file.
         ConfigError: for text that is not YAML, a repeated key, or a file whose top level is not a mapping.
     """
+    import yaml
+
     text = Path(path).read_text(encoding="utf-8")
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_loader())
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
@@ -85,11 +94,13 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         ConfigError: without ``=``, with an empty part in the key, or with a value that is not YAML.
     """
+    import yaml
+
     key, sign, value = text.partition("=")
     if not sign or not all(key.strip().split(".")):
         raise ConfigError(f"override was {text!r}; it must be key=value with a dotted key, like train.lr=1e-3")
     try:
-        return key.strip(), yaml.load(value, Loader=_Loader)
+        return key.strip(), yaml.load(value, Loader=_loader())
     except yaml.YAMLError as error:
         raise ConfigError(f"value of override {text!r} is not valid YAML: {error}") from None
 

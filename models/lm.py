@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -197,6 +195,8 @@ class MemoryLM(nn.Module):
 
     def save(self, folder: str | Path, run_config: dict[str, Any] | None = None) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each whole or not at all."""
+        from safetensors.torch import save_file  # like all that only files need: where they are
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
@@ -204,6 +204,8 @@ class MemoryLM(nn.Module):
         save_file(weights, folder / ".model.safetensors", metadata={"format": "pt"})
         (folder / ".config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for name in ("model.safetensors", "config.json"):
+            with open(folder / f".{name}", "rb") as written:
+                os.fsync(written.fileno())  # before the name: a lost machine must not leave an empty file under it
             os.replace(folder / f".{name}", folder / name)
 
 
@@ -254,6 +256,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MemoryLM:
         FileNotFoundError: when one of the two is not there.
         ValueError: when they are damaged or do not fit each other.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -84,6 +82,8 @@ class State:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
         path = Path(path)
         tensors = {name: x.detach().cpu().contiguous().clone() for name, x in self.tensors()}
         about = {"schema": str(SCHEMA), "fingerprint": self.fingerprint, "layers": str(len(self.layers))}
@@ -115,6 +115,8 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> State:
         FileNotFoundError: when there is no such file.
         ValueError: for a file that is damaged, is not a state, or has another schema version.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"state file {str(path)!r} not found")
     try:

@@ -4,15 +4,24 @@ report    costs, floors and compiled kernels of every operation; no GPU needed
 budgets   compile every kernel for GPUs that need not be there, and compare with what each may use
 bench     times beside the reference, chunked torch and other packages
 compare   two result files of bench, with a threshold
+canaries  every kernel's canary with every configuration; GPU, or the interpreter
+gpu       conformance, canaries, bench and training speed on a GPU, written to docs/results
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, budgets, compare, report
+from . import bench, budgets, canaries, compare, gpu, report
 
-COMMANDS = {"report": report, "budgets": budgets, "bench": bench, "compare": compare}
+COMMANDS = {
+    "report": report,
+    "budgets": budgets,
+    "bench": bench,
+    "compare": compare,
+    "canaries": canaries,
+    "gpu": gpu,
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ implementations take turns in every round. On a CPU, times are of this machine a
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -261,6 +262,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="T=16k", help="other sizes than the documented ones")
     parser.add_argument("--sweep", default="", metavar="T=1k..64k", help="several values of one size")
     parser.add_argument("--memory", action="store_true", help="peak memory on a CPU too (Linux), after all times")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="begin no workload after so many seconds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="time against the swept size, as PNG; needs matplotlib")
     parser.add_argument("--trace", type=Path, help="Chrome trace of the first workload")
@@ -287,7 +289,11 @@ def main(args: argparse.Namespace) -> int:
     measured: list[tuple[Workload, list[dict[str, Any]]]] = []
     if not on_gpu:
         print("On a CPU: times are this machine's, for the ratios between them; no floor is known for it.")
+    begin, late = time.monotonic(), []
     for workload in selected(args.only):
+        if time.monotonic() - begin > args.limit:
+            late.append(workload.name)
+            continue
         chosen = {**(workload.sizes if on_gpu else workload.small), **parse_sizes(args.set)}
         for more in parse_sweep(args.sweep) if args.sweep else [{}]:
             sizes = {name: {**chosen, **more}[name] for name in workload.sizes}
@@ -297,10 +303,13 @@ def main(args: argparse.Namespace) -> int:
             if on_gpu:
                 add_peaks(measured[-1][1], workload, setting)
             print(text(measured[-1][1], on_gpu), flush=True)
+            write(args.json, {"rows": [row for _, found in measured for row in found]})
     if args.memory and not on_gpu:
         for workload, found in measured:
             add_peaks(found, workload, setting)
             print(memory_text(found), flush=True)
+    if late:
+        print(f"no time left for {', '.join(late)}")
     rows = [row for _, found in measured for row in found]
     write(args.json, {"rows": rows})
     if args.plot:

@@ -90,10 +90,11 @@ def find_gpu(name: str) -> Gpu:
         ValueError: when the table has none.
     """
     plain = "".join(name.upper().split())
+    slower = any(mark in plain for mark in ("PCIE", "NVL", "40GB", "GH200", "GB200", "LAPTOP", "4090D"))
     for key, gpu in GPUS.items():
-        if key in plain:
+        if key in plain and not slower:
             return gpu
-    raise ValueError(f"gpu was {name!r}; it must be one of {sorted(GPUS)}, or a card's name that holds one of them")
+    raise ValueError(f"gpu was {name!r}; it must be one of {sorted(GPUS)}, or the name of such a card, in SXM form")
 
 
 def occupancy(arch: int, *, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> tuple[int, str]:

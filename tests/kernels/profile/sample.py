@@ -1,5 +1,7 @@
 """Small kernels whose machine code is known in kind: what the tests of the profiler compile."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -34,8 +36,28 @@ def crowded(x, o, rounds, N: tl.constexpr):
 
 
 CONFIGS = [Config((("BLOCK", 64),), num_warps=4, num_stages=3), Config((("BLOCK", 16),), num_warps=1, num_stages=1)]
-PRODUCT = Kernel(product, lambda constants: CONFIGS, lambda constants: [], name="sample_product")
-CROWDED = Kernel(crowded, lambda constants: [Config(num_warps=1)], lambda constants: [], name="sample_crowded")
+
+
+def product_canary(constants: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Seventy tokens, two rounds."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, n, 64, generator=draw) for n in (70, 64))
+    o = torch.empty(70, 64)
+    arguments = {"x": x, "y": y, "o": o, "T": 70, "rounds": 2, "scale": 0.5, "stride": 1}
+    PRODUCT(lambda every: (triton.cdiv(70, every["BLOCK"]),), arguments, constants)
+    return [(o, 0.5 * (x @ y).sum(0))]
+
+
+def crowded_canary(constants: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One round."""
+    x = torch.linspace(-1, 1, constants["N"]) + 0.01
+    o = torch.empty_like(x)
+    CROWDED(lambda every: (1,), {"x": x, "o": o, "rounds": 1}, constants)
+    return [(o, x * x + x.sum())]
+
+
+PRODUCT = Kernel(product, lambda constants: CONFIGS, product_canary, name="sample_product")
+CROWDED = Kernel(crowded, lambda constants: [Config(num_warps=1)], crowded_canary, name="sample_crowded")
 
 
 def call_product(dtype: torch.dtype = torch.bfloat16, tokens: int = 1000, rounds: int = 16, stride: int = 1) -> None:

@@ -20,7 +20,8 @@ GOOD = Facts(
 def command(*words: str | Path, cache: Path) -> subprocess.CompletedProcess:
     """Run ``budgets`` in a process whose kernels are not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HERE), "PALIMPSEST_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": path, "PALIMPSEST_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     call = [sys.executable, "-m", "palimpsest.kernels.profile", "budgets", *map(str, words)]
     return subprocess.run(call, env=environment, capture_output=True, text=True)
 

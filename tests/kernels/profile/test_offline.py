@@ -34,7 +34,8 @@ print(json.dumps(found))
 def outside(script: str, cache: Path) -> str:
     """Run a script in a process whose kernels are not interpreted; what it prints."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HERE), "PALIMPSEST_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": path, "PALIMPSEST_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -138,5 +139,7 @@ def test_floor_of_a_gpu() -> None:
     assert gpu is GPUS["H200"] and gpu.arch in MULTIPROCESSORS
     assert gpu.floor(Cost(int(790e12), 1), 16) == (pytest.approx(1.0), "compute")
     assert gpu.floor(Cost(1, int(4.3e12)), 16) == (pytest.approx(1.0), "memory")
-    with pytest.raises(ValueError, match="gpu was 'GTX 1080'"):
-        find_gpu("GTX 1080")
+    assert find_gpu("NVIDIA GeForce RTX 4090").arch == 89 and find_gpu("NVIDIA A100-SXM4-80GB").arch == 80
+    for other in ("GTX 1080", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA GH200 480GB"):
+        with pytest.raises(ValueError, match=f"gpu was '{other}'"):
+            find_gpu(other)
