@@ -5,7 +5,7 @@ kernel, configuration and architecture, for one version of Triton. A compilation
 what it was and what it may be. What the file does not know (a new kernel, a new configuration) must compile, fit a
 multiprocessor and not spill; ``--update`` writes it down.
 
-    python -m palimpsest.kernels.profile budgets [--quick] [--update] [--arch 80 90 100] [--only TEXT] [--jobs 2]
+    python -m palimpsest.kernels.profile budgets [--quick 180] [--update] [--arch 80 90 100] [--only TEXT] [--jobs 2]
 """
 
 import argparse
@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from .offline import ARCHES, Facts
-from .plans import Entry, collect, compile_all, discover, quick
+from .plans import Entry, Key, collect, compile_all, discover, quick
 
 FILE = Path(__file__).with_name("budgets.json")
 REGISTERS_MORE = 16  # a small change of a kernel moves its registers by a few
 SHARE_KEPT = 0.75  # of the matrix instructions, and of the mean width of a load
 
-Key = tuple[str, str, str, str]
-
 
 @dataclass(frozen=True)
 class Budget:
-    """The accepted figures of one compilation; see :class:`Facts` for their units."""
+    """The accepted figures of one compilation; see :class:`Facts` for their units. ``seconds`` are not compared."""
 
     registers: int
     stack: int
@@ -36,6 +34,7 @@ class Budget:
     programs: int
     load_bits: float
     matrix: Mapping[str, int]
+    seconds: float = 0.0
 
     @staticmethod
     def of(facts: Facts) -> "Budget":
@@ -48,6 +47,7 @@ class Budget:
             facts.programs,
             round(facts.load_bits, 1),
             dict(sorted(facts.matrix.items())),
+            round(facts.seconds, 1),
         )
 
 
@@ -121,7 +121,7 @@ def spilling(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--update", action="store_true", help="accept what is compiled now")
-    parser.add_argument("--quick", action="store_true", help="preferred configurations; all plans on sm_90 only")
+    parser.add_argument("--quick", type=float, metavar="SECONDS", help="a part that takes about so long to compile")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHES))
     parser.add_argument("--only", default="", help="plans whose name holds this text")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
@@ -134,11 +134,12 @@ def main(args: argparse.Namespace) -> int:
     import triton
 
     plans = {name: plan for name, plan in discover(args.modules).items() if args.only in name}
-    entries = collect(plans, args.arch)
-    entries = quick(entries) if args.quick else entries
+    entries, refused = collect(plans, args.arch)
+    version, budgets = read(args.file)
+    if args.quick:
+        entries = quick(entries, {key: budget.seconds for key, budget in budgets.items()}, args.quick)
     facts = compile_all([entry.job for entry in entries], args.jobs)
     print(table(entries, facts))
-    version, budgets = read(args.file)
     for line in spilling(entries, facts):
         print(f"no configuration without spills among these: {line}")
     if args.update:
@@ -152,6 +153,8 @@ def main(args: argparse.Namespace) -> int:
     wrong = [(e.key, what) for e in entries for what in problems(facts[e.job], budgets.get(e.key))]
     for key, what in wrong:
         print(f"WORSE {' '.join(key)}: {what}")
+    for line in refused:
+        print(f"REFUSED {line}")
     unknown = sum(entry.key not in budgets for entry in entries)
     print(f"{len(entries)} compilations of {len(plans)} plans, {len(wrong)} problems; {unknown} without a budget")
-    return 1 if wrong or not entries else 0
+    return 1 if wrong or refused or not entries else 0

@@ -18,6 +18,8 @@ from ..launch import Launch, planning
 from .offline import ARCHES, Facts, Job, compile_job, specialise_launch
 
 PACKAGE = __package__.rpartition(".")[0]
+UNKNOWN = 3.0  # seconds, of a compilation that nobody has written down
+Key = tuple[str, str, str, str]
 
 
 def discover(modules: Collection[str] = ()) -> dict[str, Callable[[], None]]:
@@ -50,7 +52,7 @@ class Entry:
     job: Job
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> Key:
         """Plan, kernel, configuration, architecture."""
         return self.plan, self.kernel, self.job.configuration, f"sm_{self.job.arch}"
 
@@ -71,25 +73,41 @@ def entries_of(plan: str, launches: Sequence[Launch], arches: Sequence[int] = AR
                 yield Entry(plan, name, i == 0, job)
 
 
-def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARCHES) -> list[Entry]:
-    """The table of all plans."""
+def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARCHES) -> tuple[list[Entry], list[str]]:
+    """The table of all plans, and a line for each plan that an operation refuses."""
+    entries, refused = [], []
     with torch.enable_grad():
-        return [entry for name, plan in plans.items() for entry in entries_of(name, launches_of(plan), arches)]
+        for name, plan in plans.items():
+            try:
+                entries += list(entries_of(name, launches_of(plan), arches))
+            except ValueError as error:
+                refused.append(f"{name}: {error}")
+    return entries, refused
 
 
-def quick(entries: Sequence[Entry]) -> list[Entry]:
-    """A part that is cheap to compile: preferred configurations, of every plan for Hopper, of one plan for the others.
+def quick(entries: Sequence[Entry], seconds: Mapping[Key, float], limit: float) -> list[Entry]:
+    """A part that is cheap to compile: ``limit`` seconds together, by what each took when it was last written down.
 
-    For the other architectures it is the first plan that reaches a kernel.
+    For every kernel and architecture the cheapest plan and configuration, whatever it takes; then, as far as the time
+    goes, the preferred configurations of all plans for Hopper, the cheapest first.
     """
-    chosen, reached = [], set()
+
+    def cost(entry: Entry) -> float:
+        return seconds.get(entry.key, UNKNOWN)
+
+    cheapest: dict[tuple[str, int], Entry] = {}
     for entry in entries:
-        if not entry.preferred:
-            continue
-        again = (entry.job.kernel, entry.job.arch) in reached
-        reached.add((entry.job.kernel, entry.job.arch))
-        if entry.job.arch == 90 or not again:
-            chosen.append(entry)
+        place = entry.job.kernel, entry.job.arch
+        if place not in cheapest or cost(entry) < cost(cheapest[place]):
+            cheapest[place] = entry
+    chosen = list(cheapest.values())
+    left = limit - sum(map(cost, chosen))
+    rest = [e for e in entries if e.preferred and e.job.arch == 90 and e not in chosen]
+    for entry in sorted(rest, key=cost):
+        left -= cost(entry)
+        if left < 0:
+            break
+        chosen.append(entry)
     return chosen
 
 

@@ -78,7 +78,12 @@ def test_the_command_accepts_and_refuses(tmp_path: Path) -> None:
     assert "narrow loads" in worse.stdout and "shared: 32768, at most 1024" in worse.stdout
 
 
+def test_a_plan_that_is_refused_is_a_problem(tmp_path: Path) -> None:
+    done = command("--modules", "refused", "--file", tmp_path / "budgets.json", cache=tmp_path)
+    assert done.returncode == 1 and "REFUSED refused/odd: x.shape was (3,); it must be even" in done.stdout
+
+
 def test_kernels_are_within_their_budgets(tmp_path: Path) -> None:
-    """The preferred configurations, for every plan on sm_90; the command without --quick compiles all."""
-    done = command("--quick", "--jobs", "2", cache=tmp_path)
+    """Every kernel for every architecture, and more of Hopper; the command without --quick compiles all."""
+    done = command("--quick", "150", "--jobs", "2", cache=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

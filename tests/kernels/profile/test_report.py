@@ -121,8 +121,8 @@ def test_the_page_needs_nothing_else(written: tuple[str, dict, str]) -> None:
     assert "short_conv_forward" in page and page == html.page(whole)
 
 
-def test_preferred_configurations_are_enough_when_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All plans on sm_90, one that reaches the kernel on the others."""
+def test_a_quick_part_has_every_kernel_and_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs by plan: 10 s, 1 s, 2 s; the second configuration of the product takes a second less."""
 
     def job(launch, arch, config):
         from palimpsest.kernels.profile.offline import Job
@@ -131,9 +131,16 @@ def test_preferred_configurations_are_enough_when_quick(monkeypatch: pytest.Monk
         return Job(launch.kernel.name, "", "", arch, str(config), 1, 1, (), constants, ())
 
     monkeypatch.setattr("palimpsest.kernels.profile.plans.specialise_launch", job)
-    plans = ("product_bf16", "product_one_round", "crowded")
-    entries = [e for name in plans for e in entries_of(name, launches_of(sample.PLANS[name]))]
+    cost = {"product_bf16": 10.0, "product_one_round": 1.0, "crowded": 2.0}
+    entries = [e for name in cost for e in entries_of(name, launches_of(sample.PLANS[name]))]
     assert len(entries) == (2 + 2 + 1) * 3
-    chosen = [(e.plan, e.job.arch) for e in quick(entries)]
-    every = {(plan, arch) for plan in ("product_bf16", "crowded") for arch in (80, 90, 100)}
-    assert len(chosen) == 7 and set(chosen) == {*every, ("product_one_round", 90)}
+    seconds = {e.key: cost[e.plan] - 0.5 * (not e.preferred) for e in entries}
+    always = {("product_one_round", False, arch) for arch in (80, 90, 100)}
+    always |= {("crowded", True, arch) for arch in (80, 90, 100)}
+
+    def chosen(limit: float) -> list:
+        return [(e.plan, e.preferred, e.job.arch) for e in quick(entries, seconds, limit)]
+
+    assert set(chosen(0)) == always and len(chosen(0)) == 6
+    assert set(chosen(3 * 0.5 + 3 * 2 + 1)) == always | {("product_one_round", True, 90)}
+    assert set(chosen(100)) == always | {("product_one_round", True, 90), ("product_bf16", True, 90)}
