@@ -237,7 +237,8 @@ def _written_configs(constants: Mapping[str, Any]) -> list[Config]:
 
 
 def _states_configs(constants: Mapping[str, Any]) -> list[Config]:
-    return configs(constants, (32, 4, 2), (32, 4, 1), (16, 4, 2), (64, 8, 2))
+    first = (32, 4, 2) if constants["D"] <= 64 else (16, 4, 2)
+    return configs(constants, first, (32, 4, 1), (64, 8, 2))
 
 
 def _gradients_configs(constants: Mapping[str, Any]) -> list[Config]:

@@ -77,14 +77,14 @@ def backward(constants: Mapping[str, Any]) -> Pairs:
     from .forward import forward as forwards
 
     arguments = problem(constants)
-    inputs = [arguments[name] for name in ("q", "k", "v", "beta", "log_decay", "state")]
+    inputs: list[Any] = [arguments[name] for name in ("q", "k", "v", "beta", "log_decay", "state")]
     fixed = arguments["scale"], arguments["chunk"]
     o, final, *kept = forwards(**arguments)
     source = torch.Generator(o.device).manual_seed(1)
-    grads = [torch.randn(x.shape, generator=source, device=o.device).to(x.dtype) for x in (o, final)]
+    grads: list[Any] = [torch.randn(x.shape, generator=source, device=o.device).to(x.dtype) for x in (o, final)]
     found = launch(*grads, *inputs, arguments["cu_seqlens"], *kept, *fixed)
     # The operators' bodies, not the operators: a canary runs inside one, where autograd is off.
-    exact = [None if x is None else x.float() for x in inputs]
+    exact: list[Any] = [None if x is None else x.float() for x in inputs]
     _, _, *held = operator.linear_memory_op.body(*exact, arguments["cu_seqlens"], *fixed, True, False)
     wanted = operator.linear_memory_backward_op.body(
         *(x.float() for x in grads), *exact, arguments["cu_seqlens"], *held, *fixed, False

@@ -103,7 +103,7 @@ def _transform_configs(constants: Mapping[str, Any]) -> list[Config]:
 
 def _states_configs(constants: Mapping[str, Any]) -> list[Config]:
     """Few programs go through long sequences: narrow blocks make more of them, wide ones read the keys less often."""
-    return configs(constants, (32, 4, 2), (32, 4, 3), (16, 4, 3), (64, 4, 2))
+    return configs(constants, (32, 4, 2), (32, 4, 3), (16, 4, 3), (64, 8, 2))
 
 
 def _outputs_configs(constants: Mapping[str, Any]) -> list[Config]:

@@ -24,7 +24,7 @@ def plan(
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
-    gates = [empty(rows, tokens, heads, dtype=torch.float32)] * delta
+    gates: list[torch.Tensor | None] = [empty(rows, tokens, heads, dtype=torch.float32)] * delta
     gates += [empty(rows, tokens, heads, dtype=torch.float32) if decay else None]
     more: dict[str, Any] = {}
     if packed:

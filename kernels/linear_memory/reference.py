@@ -1,6 +1,7 @@
 """Token by token, as the equations read; the judge of every other implementation. Gradients by autograd."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def linear_memory(
     borders = None if cu_seqlens is None else cu_seqlens.tolist()
     rows = q.shape[0] if borders is None else len(borders) - 1
     memory = q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3], dtype=kind) if state is None else state
-    tokens = [q.to(kind) * scale, k.to(kind), v.to(kind), beta, decay]
+    tokens: list[Any] = [q.to(kind) * scale, k.to(kind), v.to(kind), beta, decay]
     if borders is None:
         o, final = _run(*tokens, memory)
         return o.to(v.dtype), final
