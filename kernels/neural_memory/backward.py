@@ -136,8 +136,8 @@ def neural_memory_backward(
 
 
 def backward_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Blocks of hidden units, and warps."""
-    blocks = [b for b in (64, 32, 16) if b <= constants["F"]]
+    """Blocks of hidden units and warps; first what spills least."""
+    blocks = [b for b in (16, 32, 64) if b <= constants["F"]]
     return [Config((("BF", b),), warps, 1) for b in blocks for warps in (8, 4)]
 
 

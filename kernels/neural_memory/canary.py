@@ -12,17 +12,17 @@ from .state import state_names
 
 
 def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
-    """The memory that a kernel's constants compute."""
+    """The memory that a kernel's constants compute; what it is not built for, it has as usual."""
     return MemorySpec(
         network="mlp" if constants["DEEP"] else "linear",
         expansion=constants["F"] // constants["D"],
         norm=constants["NORM"],
         residual=constants["RESIDUAL"],
         bias="dot" if constants["DOT"] else "l2",
-        retention="l2" if constants["RETENTION"] else "none",
+        retention="l2" if constants.get("RETENTION", True) else "none",
         rule="momentum" if constants["MOMENTUM"] else "gd",
         chunk_size=constants["CHUNK"],
-        read_after_write=not constants["LATE"],
+        read_after_write=not constants.get("LATE", False),
     )
 
 
@@ -50,7 +50,7 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
         "q": torch.nn.functional.normalize(q, dim=-1),
         "k": torch.nn.functional.normalize(k, dim=-1),
         "v": v,
-        "step": uniform(0.2, 2.0, *shape) / spec.chunk_size,
+        "step": uniform(0.1, 1.0, *shape) / spec.chunk_size,
         "log_retain": uniform(-0.1, -0.001, *shape) if spec.retention == "l2" else None,
         "log_momentum": uniform(-2.0, -0.2, *shape) if spec.has_momentum else None,
         "weights": [torch.randn(s, generator=generator).to(device) * s[1] ** -0.5 for s in shapes],
@@ -62,13 +62,13 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
         given["cu_seqlens"] = torch.tensor([0, 5, length], dtype=torch.int32, device=device)
         rows = 2
     if constants["STATE"]:
-        few = {
+        few: dict[str, Any] = {
             name: x[:, :5].expand(rows, *x[:, :5].shape[1:])
             for name, x in given.items()
             if isinstance(x, Tensor) and name not in ("norm", "cu_seqlens")
         }
-        rest = {"weights": given["weights"], "norm": given["norm"], "spec": spec}
-        none = {name: None for name in ("log_retain", "log_momentum") if given[name] is None}
+        rest: dict[str, Any] = {"weights": given["weights"], "norm": given["norm"], "spec": spec}
+        none: dict[str, Any] = {name: None for name in ("log_retain", "log_momentum") if given[name] is None}
         with torch.no_grad():
             given["state"] = neural_memory(**few, **rest, **none, return_state=True, backend="torch")[1]
     return given
@@ -92,11 +92,10 @@ def _leaves(given: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], 
     return out, leaves
 
 
-def pairs(constants: Mapping[str, Any], *, backward: bool) -> Pairs:
+def pairs(given: dict[str, Any], constants: Mapping[str, Any], *, keep: bool = True, backward: bool = False) -> Pairs:
     """(found by Triton in the constants' dtype, wanted: by torch in float32 from the same numbers)."""
     from . import neural_memory
 
-    given = problem(constants)
     dtype = getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[str(constants["DT"])])
     found_by: list[list[Tensor]] = []
     for backend in ("triton", "torch"):
@@ -104,7 +103,7 @@ def pairs(constants: Mapping[str, Any], *, backward: bool) -> Pairs:
         if backend == "torch":
             for name in ("q", "k", "v"):
                 arguments[name] = arguments[name].float()
-        with torch.set_grad_enabled(backward or constants["KEEP"]):
+        with torch.set_grad_enabled(keep):
             o, state = neural_memory(**arguments, return_state=True, backend=backend)
         assert state is not None
         found = [o, *(state[name] for name in state_names(given["spec"]))]
@@ -118,9 +117,18 @@ def pairs(constants: Mapping[str, Any], *, backward: bool) -> Pairs:
 
 def forward_pairs(constants: Mapping[str, Any]) -> Pairs:
     """Output and state."""
-    return pairs(constants, backward=False)
+    return pairs(problem(constants), constants, keep=constants["KEEP"])
 
 
 def backward_pairs(constants: Mapping[str, Any]) -> Pairs:
     """Every gradient."""
-    return pairs(constants, backward=True)
+    return pairs(problem(constants), constants, backward=True)
+
+
+def decode_pairs(constants: Mapping[str, Any]) -> Pairs:
+    """Output and state of one token, the last of its chunk."""
+    given = problem({**constants, "STATE": True, "PACKED": False, "EVERY": 1})
+    for name in ("q", "k", "v", "step", "log_retain", "log_momentum"):
+        given[name] = None if given[name] is None else given[name][:, :1]
+    given["state"]["position"] = torch.full_like(given["state"]["position"], constants["CHUNK"] - 1)
+    return pairs(given, constants, keep=False)

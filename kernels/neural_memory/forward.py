@@ -284,9 +284,9 @@ def constants_of(
 
 
 def forward_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Blocks of hidden units, and warps."""
-    blocks = [b for b in (64, 32, 16) if b <= constants["F"]]
-    return [Config((("BF", b),), warps, stages) for b in blocks for warps in (8, 4) for stages in (2, 1)]
+    """Blocks of hidden units, warps and stages; first what spills least."""
+    blocks = [b for b in (16, 32, 64) if b <= constants["F"]]
+    return [Config((("BF", b),), warps, stages) for b in blocks for warps, stages in ((8, 1), (8, 2), (4, 1))]
 
 
 FORWARD = Kernel(neural_memory_forward, forward_configs, forward_pairs)
@@ -356,4 +356,4 @@ def run_forward(
     lengths = q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
     before = torch.zeros(rows, dtype=torch.int32, device=q.device) if position is None else position
     after = torch.remainder(before + lengths, spec.chunk_size).to(torch.int32)
-    return [o, *unpack(final, weights), after, kept]
+    return [o, *unpack(final, weights), after, *([kept] if keep else [])]

@@ -151,7 +151,7 @@ def neural_memory_gates_backward(
 
 def _configs(constants: Mapping[str, Any]) -> list[Config]:
     parts = 1 if interpreted() else 16
-    return [Config((("PARTS", parts),), warps, 1) for warps in (4, 8)]
+    return [Config((("PARTS", parts),), warps, 1) for warps in (8, 4)]
 
 
 def _grid(rows: int) -> Any:
@@ -207,7 +207,7 @@ def run_gates_backward(
     return found[0], found[1], found[2]
 
 
-def _problem(constants: Mapping[str, Any]) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+def _problem(constants: Mapping[str, Any]) -> tuple[list[Any], Tensor | None, Tensor | None]:
     """Two steps of one row: θ, log a, log η [1, 2C, H]; position and borders where the kernel is built for them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -228,7 +228,7 @@ def _flat(x: Tensor | None, c: int) -> Tensor | None:
 def _forward_pairs(constants: Mapping[str, Any]) -> Pairs:
     gates, position, borders = _problem(constants)
     assert gates[0] is not None
-    write, vectors, ends = run_gates(*gates, position, borders, 1, constants, torch.float32)  # type: ignore[misc]
+    write, vectors, ends = run_gates(*gates, position, borders, 1, constants, torch.float32)
     theta, log_a, log_n = (_flat(x, constants["C"]) for x in gates)
     assert theta is not None
     wanted = make_gates(theta, log_a, log_n, None, constants["LATE"])
@@ -253,7 +253,7 @@ def _backward_pairs(constants: Mapping[str, Any]) -> Pairs:
         torch.randn((4, heads, *shape), generator=generator).to(theta.device) for shape in ((c, c), (4, c), (4,))
     )
     d_write = d_write.tril(-int(constants["LATE"]))
-    found = run_gates_backward([d_write, d_vectors, d_ends], *gates, position, borders, 1, constants)  # type: ignore[misc]
+    found = run_gates_backward([d_write, d_vectors, d_ends], *gates, position, borders, 1, constants)
     write, vectors, ends = (x[:2].flatten(0, 1) for x in (d_write, d_vectors, d_ends))
     if constants["LATE"]:
         vectors[:, :2, 0] = 0.0  # a read before the first write depends on no gate

@@ -158,9 +158,12 @@ def neural_memory_op(
     """[o, final W, S and anchor of each layer, position, and with ``keep`` the kept [W; S], by layer or as one]."""
     what = MemorySpec.decode(spec)
     if triton:
+        from .decode import run_decode
         from .forward import run_forward
 
         tokens = q, k, v, step, log_retain, log_momentum
+        if q.shape[1] == 1 and position is not None and cu_seqlens is None and not keep:
+            return run_decode(tokens, weights, norm, state, position, what)
         return run_forward(tokens, weights, norm, state, position, cu_seqlens, what, keep)
     call = _Call((q, k, v, step, log_retain, log_momentum), weights, norm, state, position, cu_seqlens, what)
     states, anchor = call.initial()
@@ -199,7 +202,7 @@ def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, c
     slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
     if triton:
         size = sum(w.shape[1] * w.shape[2] for w in weights)
-        saved = [q.new_empty((slots, q.shape[2], (parts - 1) * size), dtype=kind)]
+        saved = [q.new_empty((slots, q.shape[2], (parts - 1) * size), dtype=kind)] if keep else []
     else:
         saved = [w.new_empty((slots, w.shape[0], w.shape[1] * (parts - 1), w.shape[2]), dtype=kind) for w in weights]
     return [

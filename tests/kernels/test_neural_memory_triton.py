@@ -6,9 +6,20 @@ from typing import Any
 import pytest
 import torch
 from cases_neural_memory import FIELDS, make
-from harness import Draw, OperationCase, check_equals_reference
+from harness import (
+    Draw,
+    OperationCase,
+    assert_close,
+    check_equals_reference,
+    cut,
+    outputs_and_gradients,
+    to_dtype,
+    warm_state,
+)
+from triton_checks import check_configurations
 
 from palimpsest.kernels import MemorySpec, neural_memory
+from palimpsest.kernels.launch import planning
 
 #: network, depth, expansion, norm, residual, bias, retention, rule, chunk_size, read_after_write; packed, warm state.
 ARRAY = [
@@ -27,8 +38,7 @@ ARRAY = [
 ]
 #: Tokens: into the second chunk, past the kept state; of 128, into the second step of the second chunk.
 LENGTHS = {16: 35, 32: 45, 64: 70, 128: 200}
-# Sums of float32 products of up to 200 tokens, each with an error behind a LayerNorm in front of it: the torch path in
-# float32 is as far from float64.
+# Float32 against float64: the unit is 6e-8, and a LayerNorm's 1/std stands in front of every error.
 CLOSE = 1e-5
 
 
@@ -56,6 +66,59 @@ def test_every_pair_of_choices_equals_the_reference(row: tuple[Any, ...]) -> Non
     check_equals_reference(
         case_of(spec, heads), "triton", torch.float32, LENGTHS[spec.chunk_size], packed=packed, warm=warm
     )
+
+
+@pytest.mark.parametrize("row", [ARRAY[0], ARRAY[2], ARRAY[5], ARRAY[8]], ids=lambda row: "-".join(map(str, row)))
+def test_decoding_equals_the_reference(row: tuple[Any, ...]) -> None:
+    """Without gradients one token after a state has a kernel of its own; past a chunk's end, the anchor moves."""
+    network, depth, expansion, *rest, _, _ = row
+    spec = MemorySpec(expansion=expansion, **dict(zip(FIELDS, (network, depth, *rest), strict=True)))
+    case = case_of(spec, heads=2)
+    length = spec.chunk_size + 2
+    arguments = case.arguments(0, torch.float32, 2, length)
+    wide = to_dtype(arguments, torch.float64)
+    with torch.no_grad():
+        split = slice(0, spec.chunk_size - 2)
+        _, state = case.run(cut(case, arguments, split), "triton")
+        _, wanted_state = case.run(cut(case, wide, split), "reference")
+        for t in range(spec.chunk_size - 2, length):
+            with planning() as plan:
+                case.run(cut(case, arguments, slice(t, t + 1)), "triton", state=state)
+            assert [launch.kernel.name for launch in plan] == ["neural_memory_decode"]
+            o, state = case.run(cut(case, arguments, slice(t, t + 1)), "triton", state=state)
+            wanted, wanted_state = case.run(cut(case, wide, slice(t, t + 1)), "reference", state=wanted_state)
+            assert_close([o, *state.values()], [wanted, *wanted_state.values()], CLOSE, f"token {t}")
+
+
+def test_short_documents_that_cross_a_chunk_have_places_of_their_own() -> None:
+    """Each goes on in the middle of a chunk and ends in the next: two steps for two tokens."""
+    spec = MemorySpec(expansion=1, chunk_size=16)
+    case = case_of(spec)
+    arguments = case.arguments(0, torch.float32, 1, 7)
+    borders = torch.tensor([0, 2, 4, 7], dtype=torch.int32)
+    state = warm_state(case, torch.float32, 3, 3)
+    state["position"] = torch.tensor([15, 15, 14], dtype=torch.int32)
+    found = outputs_and_gradients(case, arguments, "triton", state=state, cu_seqlens=borders)
+    wide = to_dtype({"arguments": arguments, "state": state}, torch.float64)
+    wanted = outputs_and_gradients(case, wide["arguments"], "reference", state=wide["state"], cu_seqlens=borders)
+    for a, b, what in zip(found, wanted, ("values", "gradients"), strict=True):
+        assert_close(a, b, CLOSE, what)
+
+
+@pytest.mark.parametrize("spec", [MemorySpec(expansion=2, chunk_size=16), MemorySpec("linear", chunk_size=16)])
+def test_every_configuration_is_right(spec: MemorySpec) -> None:
+    """By the canaries that guard them on a GPU."""
+    given = make(Draw(0, torch.float32), 1, 3, spec=spec, heads=1, width=16 if spec.network == "mlp" else 32)
+
+    def call() -> None:
+        arguments = {name: x.requires_grad_() if name == "v" else x for name, x in given.items()}
+        o, state = neural_memory(**arguments, return_state=True, backend="triton")
+        o.sum().backward()
+        with torch.no_grad():
+            one = {name: x[:, :1] if name in case_of(spec).tokens and x is not None else x for name, x in given.items()}
+            neural_memory(**one, state=state, backend="triton")
+
+    check_configurations(call)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""One token of neural memory after a state, in Triton: what decoding calls, forward alone.
+
+With one token there is nothing for matrix instructions: every weight is read once, multiplied by a vector, changed by
+a rank-one term and written once. One program per memory takes the state through in blocks of hidden units, twice: the
+error at the anchor, then the write of the weights and the read from them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Config, Kernel
+from .canary import decode_pairs
+from .forward import constants_of
+from .spec import MemorySpec
+from .tiles import EPS, gelu, gelu_slope
+
+
+@triton.jit
+def row_unit(x, D: tl.constexpr):
+    """(x − mean) / std of a vector [D], and 1 / std."""
+    centred = x - tl.sum(x, 0) / D
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+    return centred * rstd, rstd
+
+
+@triton.jit
+def written(layer, at, gradient, theta, retain, momentum, ended, MOMENTUM: tl.constexpr):
+    """S ← η S − θ g, W ← a W + S on one block, and the anchor, which W becomes where the chunk has ``ended``; returns W
+    before and after."""
+    w, s, u, new_w, new_s, new_u = layer
+    before = tl.load(w + at)
+    change = -theta * gradient
+    if MOMENTUM:
+        change += momentum * tl.load(s + at)
+        tl.store(new_s + at, change)
+    after = retain * before + change
+    tl.store(new_w + at, after)
+    tl.store(new_u + at, tl.where(ended, after, tl.load(u + at)))
+    return before, after
+
+
+@triton.jit
+def neural_memory_decode(
+    q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, norm_ptr, position_ptr, w1_ptr, s1_ptr, u1_ptr, w2_ptr,
+    s2_ptr, u2_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2, H: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    DOT: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, DT: tl.constexpr,
+    BF: tl.constexpr,
+):  # fmt: skip
+    """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of each layer, a linear memory's as its second."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(0) % H
+    SIZE: tl.constexpr = D * F
+    own = row * SIZE
+    first = (w1_ptr + own, s1_ptr + own, u1_ptr + own, new_w1 + own, new_s1 + own, new_u1 + own)
+    last = (w2_ptr + own, s2_ptr + own, u2_ptr + own, new_w2 + own, new_s2 + own, new_u2 + own)
+    d = tl.arange(0, D)
+    q = tl.load(q_ptr + row * D + d).to(tl.float32)
+    k = tl.load(k_ptr + row * D + d).to(tl.float32)
+    error = -tl.load(v_ptr + row * D + d).to(tl.float32)
+    theta = tl.load(theta_ptr + row)
+    retain = 1.0
+    if RETENTION:
+        retain = tl.exp(tl.load(retain_ptr + row))
+    momentum = 0.0
+    if MOMENTUM:
+        momentum = tl.exp(tl.load(momentum_ptr + row))
+    ended = (tl.load(position_ptr + row // H) + 1) % CHUNK == 0
+    scale = tl.zeros([D], tl.float32)
+    if NORM:
+        scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
+    out = tl.zeros([D], tl.float32)
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        if DEEP:
+            hidden, _ = gelu(tl.sum(tl.load(first[2] + d[:, None] * F + f[None, :]) * k[:, None], 0))
+        else:
+            hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
+        out += tl.sum(tl.load(last[2] + f[:, None] * D + d[None, :]) * hidden[:, None], 0)
+    delta = error
+    if NORM:
+        unit, rstd = row_unit(out, D)
+        out = unit * scale
+    if not DOT:
+        delta += out
+        if RESIDUAL:
+            delta += k
+    if NORM:
+        delta = delta * scale
+        delta = rstd * (delta - tl.sum(delta, 0) / D - unit * (tl.sum(delta * unit, 0) / D))
+    read = tl.zeros([D], tl.float32)
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        at_last = f[:, None] * D + d[None, :]
+        if DEEP:
+            at_first = d[:, None] * F + f[None, :]
+            pre = tl.sum(tl.load(first[2] + at_first) * k[:, None], 0)
+            hidden, sigma = gelu(pre)
+            back = tl.sum(tl.load(last[2] + at_last) * delta[None, :], 1)
+            gradient = k[:, None] * (back * gelu_slope(pre, sigma))[None, :]
+            before, after = written(first, at_first, gradient, theta, retain, momentum, ended, MOMENTUM)
+            if LATE:
+                after = before
+            asked, _ = gelu(tl.sum(after * q[:, None], 0))
+        else:
+            hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
+            asked = tl.load(q_ptr + row * D + f).to(tl.float32)
+        gradient = hidden[:, None] * delta[None, :]
+        before, after = written(last, at_last, gradient, theta, retain, momentum, ended, MOMENTUM)
+        if LATE:
+            after = before
+        read += tl.sum(after * asked[:, None], 0)
+    if NORM:
+        read = row_unit(read, D)[0] * scale
+    if RESIDUAL:
+        read += q
+    tl.store(o_ptr + row * D + d, read.to(DT))
+
+
+def decode_configs(constants: Mapping[str, Any]) -> list[Config]:
+    """Blocks of hidden units, and warps."""
+    blocks = [b for b in (64, 32, 16) if b <= constants["F"]]
+    return [Config((("BF", b),), warps, 1) for b in blocks for warps in (4, 8)]
+
+
+DECODE = Kernel(neural_memory_decode, decode_configs, decode_pairs)
+
+
+def run_decode(
+    tokens: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    norm: Tensor | None,
+    state: Sequence[Tensor],
+    position: Tensor,
+    spec: MemorySpec,
+) -> list[Tensor]:
+    """What the operator returns: o [N, 1, H, D], the state's tensors after one token of each row,
+    and the position."""
+    q, k, v, step, log_retain, log_momentum = (None if x is None else x.contiguous() for x in tokens)
+    assert q is not None and k is not None and v is not None and step is not None
+    constants = constants_of(q, weights, True, False, False, spec)
+    o, new = torch.empty_like(v), [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in state]
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "theta_ptr": step,
+        "retain_ptr": step if log_retain is None else log_retain,
+        "momentum_ptr": step if log_momentum is None else log_momentum,
+        "norm_ptr": q if norm is None else norm.contiguous(),
+        "position_ptr": position,
+        "o_ptr": o,
+    }
+    arguments |= {f"{name}_ptr": x for name, x in _named([x.contiguous() for x in state], spec).items()}
+    arguments |= {f"new_{name}": x for name, x in _named(new, spec).items()}
+    own = {name: value for name, value in constants.items() if name in DECODE.function.arg_names}
+    DECODE(lambda c: (q.shape[0] * c["H"],), arguments, own)
+    return [o, *new, torch.remainder(position + 1, spec.chunk_size).to(torch.int32)]
+
+
+def _named(state: Sequence[Tensor], spec: MemorySpec) -> dict[str, Tensor]:
+    """w1 … u2 of a state's tensors in the order of ``state_names``; what there is not stands in for another."""
+    names = ("w", "s", "u") if spec.has_momentum else ("w", "u")
+    parts = {name: state[p * spec.layers : (p + 1) * spec.layers] for p, name in enumerate(names)}
+    layers = {1: 0, 2: spec.layers - 1}
+    return {f"{name}{i}": parts.get(name, parts["w"])[layers[i]] for i in layers for name in "wsu"}
