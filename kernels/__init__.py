@@ -4,6 +4,7 @@ from .cross_entropy import linear_cross_entropy
 from .delta_rule import delta_rule
 from .linear_attention import linear_attention
 from .neural_memory import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
+from .newton_schulz import newton_schulz
 from .norm import l2_norm, rms_norm
 from .short_conv import short_conv
 from .window_attention import window_attention
@@ -17,6 +18,7 @@ __all__ = [
     "neural_memory",
     "neural_memory_read",
     "neural_memory_state",
+    "newton_schulz",
     "rms_norm",
     "short_conv",
     "window_attention",
