@@ -57,7 +57,9 @@ class Setting:
     def tolerance(self, workload: Workload) -> float:
         """Distance from the reference up to which a result is right."""
         exact = self.device == "cpu" and self.dtype == torch.float32
-        return 2 * workload.exact if exact else TOLERANCE[self.dtype]
+        if exact:
+            return 2 * workload.exact
+        return TOLERANCE[self.dtype] * (1.0 if self.dtype == torch.float32 else workload.half)
 
 
 def implementations(workload: Workload, setting: Setting) -> tuple[dict[str, Call], list[str]]:

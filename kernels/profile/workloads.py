@@ -2,7 +2,7 @@
 
 A workload draws its arguments, calls the operation's public function with a backend, and knows the cost of forward and
 backward. Sizes are named by letters: B rows, T tokens, H heads, D width of a head, G heads of keys and values, C
-channels, K width of a convolution, V vocabulary, W window, P prefix.
+channels, K width of a convolution, V vocabulary, W window, P prefix, M rows of a matrix (of which T are independent).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ from .. import (
     linear_attention,
     linear_cross_entropy,
     neural_memory,
+    newton_schulz,
     rms_norm,
     short_conv,
     window_attention,
@@ -70,7 +71,8 @@ class Workload:
 
     ``build(draw, sizes)`` gives the keyword arguments of ``function``; ``cost(sizes, itemsize)`` the costs of forward
     and backward. ``sizes`` are the documented ones, ``small`` those for a CPU, ``check`` those at which results are
-    compared with the token-by-token reference. ``exact``: distance from it that rounding in float32 may cause.
+    compared with the token-by-token reference. ``exact``: distance from it that rounding in float32 may cause;
+    ``half``: how many times that of other operations it is in half precision.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Workload:
     check: Sizes
     options: Mapping[str, Any] = field(default_factory=dict)
     exact: float = 1e-5
+    half: float = 1.0
 
     @property
     def operation(self) -> str:
@@ -180,6 +183,10 @@ def _loss(draw: Draw, sizes: Sizes) -> dict[str, Any]:
 def _convolution(draw: Draw, sizes: Sizes) -> dict[str, Any]:
     b, t, c, k = (sizes[name] for name in "BTCK")
     return {"x": draw.normal(b, t, c), "weight": draw.normal(c, k, scale=k**-0.5)}
+
+
+def _matrices(draw: Draw, sizes: Sizes) -> dict[str, Any]:
+    return {"x": draw.normal(*(sizes[name] for name in "BTHMD"))}
 
 
 def _rows(draw: Draw, sizes: Sizes, names: tuple[str, ...]) -> dict[str, Any]:
@@ -306,6 +313,17 @@ def _made() -> list[Workload]:
             HEADS,
             FEW,
             TINY,
+        ),
+        Workload(
+            "newton_schulz/m64_n64",
+            newton_schulz,
+            _matrices,
+            partial(_shaped_cost, operation="newton_schulz", shapes=("BTHMD",)),
+            {"B": 8, "T": 64, "H": 16, "M": 64, "D": 64},
+            {"B": 1, "T": 8, "H": 4, "M": 64, "D": 64},
+            {"B": 1, "T": 2, "H": 2, "M": 64, "D": 64},
+            exact=1e-4,  # small singular values grow 3.4 times in each of five steps, and rounding with them
+            half=4.0,
         ),
     ]
 
