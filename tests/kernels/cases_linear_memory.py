@@ -61,7 +61,7 @@ add("decay", False, -0.5, (4, 5), 8)
 add("plain", False, 0.0, (5, 4), 4)
 
 # The kernels in the interpreter, which takes 0.1 s for a chunk of a head, forward and backward: one head, and lengths
-# up to 19, two chunks. The other switches, widths and chunk sizes are in test_linear_memory.py.
-TRITON: dict[str, Any] = {"chunk": 16, "heads": 1, "block": 8, "backends": ("triton",), "single": 1e-5}
+# up to 17, two chunks. The other switches, widths and chunk sizes are in test_linear_memory.py.
+TRITON: dict[str, Any] = {"chunk": 16, "heads": 1, "block": 7, "backends": ("triton",), "single": 1e-5}
 add("triton_gated", True, -0.5, (16, 32), **TRITON)
 add("triton_decay", False, -0.5, (32, 16), **TRITON)
