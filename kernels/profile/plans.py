@@ -18,7 +18,6 @@ from ..launch import Launch, planning
 from .offline import ARCHES, Facts, Job, compile_job, specialise_launch
 
 PACKAGE = __package__.rpartition(".")[0]
-UNKNOWN = 3.0  # seconds, of a compilation that nobody has written down
 Key = tuple[str, str, str, str]
 
 
@@ -88,27 +87,23 @@ def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARC
 def quick(entries: Sequence[Entry], seconds: Mapping[Key, float], limit: float) -> list[Entry]:
     """A part that is cheap to compile: ``limit`` seconds together, by what each took when it was last written down.
 
-    For every kernel and architecture the cheapest plan and configuration, whatever it takes; then, as far as the time
-    goes, the preferred configurations of all plans for Hopper, the cheapest first.
+    For every kernel and architecture the cheapest plan and configuration that is written down, whatever it takes, or
+    the first where none is; then, as far as the time goes, what is written down of the preferred configurations for
+    Hopper, the cheapest first.
     """
-
-    def cost(entry: Entry) -> float:
-        return seconds.get(entry.key, UNKNOWN)
-
-    cheapest: dict[tuple[str, int], Entry] = {}
-    for entry in entries:
-        place = entry.job.kernel, entry.job.arch
-        if place not in cheapest or cost(entry) < cost(cheapest[place]):
-            cheapest[place] = entry
-    chosen = list(cheapest.values())
-    left = limit - sum(map(cost, chosen))
-    rest = [e for e in entries if e.preferred and e.job.arch == 90 and e not in chosen]
-    for entry in sorted(rest, key=cost):
-        left -= cost(entry)
+    known = [entry for entry in entries if entry.key in seconds]
+    chosen: dict[tuple[str, int], Entry] = {}
+    for entry in (*sorted(known, key=lambda entry: seconds[entry.key]), *entries):
+        chosen.setdefault((entry.job.kernel, entry.job.arch), entry)
+    found = list(chosen.values())
+    left = limit - sum(seconds.get(entry.key, 0.0) for entry in found)
+    rest = [entry for entry in known if entry.preferred and entry.job.arch == 90 and entry not in found]
+    for entry in sorted(rest, key=lambda entry: seconds[entry.key]):
+        left -= seconds[entry.key]
         if left < 0:
             break
-        chosen.append(entry)
-    return chosen
+        found.append(entry)
+    return found
 
 
 def compile_all(jobs: Collection[Job], workers: int = 1) -> dict[Job, Facts]:

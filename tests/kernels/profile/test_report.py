@@ -142,5 +142,8 @@ def test_a_quick_part_has_every_kernel_and_keeps_to_its_time(monkeypatch: pytest
         return [(e.plan, e.preferred, e.job.arch) for e in quick(entries, seconds, limit)]
 
     assert set(chosen(0)) == always and len(chosen(0)) == 6
+    first = {(entries[0].job.kernel, arch): ("product_bf16", True, arch) for arch in (80, 90, 100)}
+    assert {(e.plan, e.preferred, e.job.arch) for e in quick(entries, {}, 100)} >= set(first.values())
+    assert len(quick(entries, {}, 100)) == 6, "of what is not written down no more than one each"
     assert set(chosen(3 * 0.5 + 3 * 2 + 1)) == always | {("product_one_round", True, 90)}
     assert set(chosen(100)) == always | {("product_one_round", True, 90), ("product_bf16", True, 90)}
