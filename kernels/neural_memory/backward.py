@@ -13,19 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Kernel
-from .backward_step import step_backward
+from .backward_step import replay, step_backward
 from .canary import backward_pairs
-from .forward import constants_of, inner_pass, outer_pass, pack, unpack
+from .forward import constants_of, pack, unpack
 from .gate_kernels import run_gates, run_gates_backward
 from .spec import MemorySpec
-from .tiles import begin_state, copy, fold, load_gates, sequence, step_slot, step_tokens
+from .tiles import begin_state, copy, fold, sequence, step_slot
 
 
 @triton.jit(do_not_specialize=["T"])
 def neural_memory_backward(
     q_ptr, k_ptr, v_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
     kept_ptr, end_ptr, d_q_ptr, d_k_ptr, d_v_ptr, d_write_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_state_ptr,
-    states_ptr, small_ptr, wide_ptr, T, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
+    states_ptr, small_ptr, wide_ptr, T, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
     C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr,
     PRECISION: tl.constexpr, BF: tl.constexpr,
@@ -45,20 +45,17 @@ def neural_memory_backward(
     program = (n * H + h).to(tl.int64)
     own = program * (LAYERS * WHOLE)
     small = small_ptr + program * (3 * C * D + C * F)
-    wide = wide_ptr + program * (2 * C * C + 4 * C * D + 3 * C * F)
+    wide = wide_ptr + program * (2 * C * C + 4 * C * D + 3 * C * F + C)
     copy(d_state_ptr + own, end_ptr + own, LAYERS * WHOLE)
+    d_norm = d_norm_ptr + program * D
+    if NORM:
+        tl.store(d_norm + tl.arange(0, D), tl.zeros([D], tl.float32))
     tl.debug_barrier()
     filled = place + length
     if (filled % CHUNK == 0) & ((length > 0) | (not STATE)):  # the anchor after the call is its weights
         for layer in tl.static_range(LAYERS):
             fold(d_state_ptr + own + layer * WHOLE, d_state_ptr + own + layer * WHOLE + PAIR, SIZE)
         tl.debug_barrier()
-    d = tl.arange(0, D)
-    i = tl.arange(0, C)
-    scale = tl.zeros([D], tl.float32)
-    if NORM:
-        scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
-    d_scale = tl.zeros([D], tl.float32)
     slots = (begin // (CHUNK * EVERY) + n).to(tl.int64)
     last_step = tl.where(length > 0, tl.cdiv(filled, C), 0)
     segments = tl.cdiv(last_step, STEPS)
@@ -79,12 +76,10 @@ def neural_memory_backward(
             forth = visit < after - 1
             j = tl.where(forth, visit, 2 * after - visit - 2)
             base = j * C
-            still = visit * 16 * zero
-            state1 = states + still + j * (LAYERS * PAIR)
+            state1 = states + j * (LAYERS * PAIR)
             state2 = state1 + (LAYERS - 1) * PAIR
-            old = state1, state2
             # The anchor: the weights at the chunk's first step, or those of the state before the call.
-            u1 = states + still + (base // CHUNK) * (CHUNK // C) * (LAYERS * PAIR)
+            u1 = states + (base // CHUNK) * (CHUNK // C) * (LAYERS * PAIR)
             u2 = u1 + (LAYERS - 1) * PAIR
             opens = base % CHUNK == 0
             if STATE:
@@ -92,47 +87,31 @@ def neural_memory_backward(
                 u1 = tl.where(given, start_ptr + own + PAIR, u1)
                 u2 = tl.where(given, start_ptr + own + (LAYERS - 1) * WHOLE + PAIR, u2)
                 opens = opens & (base > 0)
-            anchor = u1, u2
-            token, valid = step_tokens(j, begin, length, place, C)
-            tok = (token * H + h) * D
             slot = step_slot(j, n, begin, place, C) * H + h
-            gates = load_gates(vectors_ptr, ends_ptr, slot, C)
+            vectors = vectors_ptr + slot * (4 * C)
+            ends = ends_ptr + slot * 4
             write = write_ptr + slot * (C * C)
             if forth:
-                _, _, _, delta = inner_pass(
-                    k_ptr, v_ptr, tok, valid, anchor, scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
-                )
-                new = state1 + LAYERS * PAIR, state2 + LAYERS * PAIR
-                outer_pass(
-                    q_ptr, k_ptr, tok, valid, delta, anchor, old, new, new, write + i[:, None] * C + i[None, :], gates,
-                    anchor, D, F, C, BF, DEEP, MOMENTUM, False, True, False, DT, PRECISION,
+                replay(
+                    q_ptr, k_ptr, v_ptr, j, begin, length, place, h, u1, u2, state1, state2, state1 + LAYERS * PAIR,
+                    state2 + LAYERS * PAIR, write, vectors, ends, norm_ptr, H, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT,
+                    MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
             else:
-                d_state1 = d_state_ptr + own + still
+                d_state1 = d_state_ptr + own
                 d_state2 = d_state1 + (LAYERS - 1) * WHOLE
-                more, of_gates = step_backward(
-                    (q_ptr, k_ptr, v_ptr, d_o_ptr), (d_q_ptr, d_k_ptr, d_v_ptr), tok, valid, anchor, old,
-                    (d_state1, d_state2), write, d_write_ptr + slot * (C * C), gates, scale, small, wide,
-                    opens & (C == CHUNK), D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, MOMENTUM, DT, PRECISION,
+                step_backward(
+                    q_ptr, k_ptr, v_ptr, d_o_ptr, d_q_ptr, d_k_ptr, d_v_ptr, j, begin, length, place, h, u1, u2,
+                    state1, state2, d_state1, d_state2, write, d_write_ptr + slot * (C * C), vectors, ends,
+                    d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, norm_ptr, d_norm, small, wide,
+                    opens & (C == CHUNK), H, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
-                d_scale += more
-                d_retain, d_carry, d_end_write, d_end_momentum, d_end_retain, d_end_carry, d_end_inertia = of_gates
-                vectors = d_vectors_ptr + slot * (4 * C) + i
-                tl.store(vectors, d_retain)
-                tl.store(vectors + C, d_carry)
-                tl.store(vectors + 2 * C, d_end_write)
-                tl.store(vectors + 3 * C, d_end_momentum)
-                tl.store(d_ends_ptr + slot * 4, d_end_retain)
-                tl.store(d_ends_ptr + slot * 4 + 1, d_end_carry)
-                tl.store(d_ends_ptr + slot * 4 + 2, d_end_inertia)
                 if opens & ((C < CHUNK) | (base + CHUNK > filled)):
                     # Here the weights became an anchor that later steps, or the next call, held beside them.
                     for layer in tl.static_range(LAYERS):
                         fold(d_state1 + layer * WHOLE, d_state1 + layer * WHOLE + PAIR, SIZE)
                     tl.debug_barrier()
-    if NORM:
-        tl.store(d_norm_ptr + program * D + d, d_scale)
 
 
 def backward_configs(constants: Mapping[str, Any]) -> list[Config]:
@@ -190,9 +169,8 @@ def run_backward(
         "d_state_ptr": d_state,
         "states_ptr": step.new_empty((programs, steps, (parts - 1) * size)),
         "small_ptr": q.new_empty((programs, 3 * c * d + c * f)),
-        "wide_ptr": step.new_empty((programs, 2 * c * c + 4 * c * d + 3 * c * f)),
+        "wide_ptr": step.new_empty((programs, 2 * c * c + 4 * c * d + 3 * c * f + c)),
         "T": q.shape[1],
-        "zero": 0,
     }
     own = {name: value for name, value in constants.items() if name in BACKWARD.function.arg_names}
     BACKWARD(lambda x: (programs,), arguments, own)

@@ -6,6 +6,9 @@ six times: the error, and the reads, as in the forward; then backward through th
 (``first_update``), and down along the keys' own pass (``keys_down``). What one pass leaves for another goes through a
 workspace: ``small`` holds operands of products in DT, ``wide`` the rest in float32.
 
+Each pass is a function that is not inlined and takes scalars alone: compiled together, what one pass computes once per
+thread (the places of tiles in shared memory) would be kept in registers, or spilled, through all the others.
+
 A tile that is needed transposed is loaded so from there: the transpose of a product's result is never an operand of
 another. The last layer's matrices are taken as [D, BF], transposed, throughout.
 """
@@ -14,7 +17,19 @@ import triton
 import triton.language as tl
 
 from .forward import inner_pass, outer_pass
-from .tiles import gelu, gelu_curve, gelu_slope, normalised, product, project, token_columns, token_rows
+from .tiles import (
+    gelu,
+    gelu_curve,
+    gelu_slope,
+    load_gates,
+    load_norm,
+    normalised,
+    product,
+    project,
+    step_offsets,
+    token_columns,
+    token_rows,
+)
 
 
 @triton.jit
@@ -49,14 +64,17 @@ def wide_parts(wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
             hidden + 2 * C * F)  # fmt: skip
 
 
-@triton.jit
-def last_layer(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, grads, write, gates, small, wide, D: tl.constexpr,
-               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, RESIDUAL: tl.constexpr,
-               MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+@triton.jit(noinline=True)
+def last_layer(q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, weights, grads, write, vectors, ends,
+               d_vectors, d_ends, small, wide, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
+               BF: tl.constexpr, DEEP: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """Reads and update of the last layer: carries the gradients of its W and S back, in place; those of Δ, and of both
-    hidden vectors, to the workspace (a linear memory's query is its hidden vector). Returns those of the gates."""
+    hidden vectors, to the workspace (a linear memory's query is its hidden vector). Writes those of
+    the gates."""
     SIZE: tl.constexpr = D * F
-    retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
+    tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+    retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = load_gates(vectors, ends, C)
     deltas, reads, _, _ = small_parts(small, C, D)
     products, _, _, _, d_deltas, _, befores, pres, d_befores = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
@@ -123,18 +141,25 @@ def last_layer(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, grads, write
                 d_read_hidden += token_rows(d_o_ptr, tok, valid, f).to(tl.float32)
             tl.store(d_q_ptr + tok[:, None] + f[None, :], d_read_hidden.to(DT), mask=valid[:, None])
     tl.store(tall(d_deltas, C, D)[0], d_delta)
-    return (tl.sum(d_retain, 1), tl.sum(d_carry, 1), tl.sum(d_end_write, 1), tl.sum(d_end_momentum, 1),
-            tl.sum(d_end_retain), tl.sum(d_end_carry), tl.sum(d_end_inertia))  # fmt: skip
+    tl.store(d_vectors + i, tl.sum(d_retain, 1))
+    tl.store(d_vectors + C + i, tl.sum(d_carry, 1))
+    tl.store(d_vectors + 2 * C + i, tl.sum(d_end_write, 1))
+    tl.store(d_vectors + 3 * C + i, tl.sum(d_end_momentum, 1))
+    tl.store(d_ends, tl.sum(d_end_retain))
+    tl.store(d_ends + 1, tl.sum(d_end_carry))
+    tl.store(d_ends + 2, tl.sum(d_end_inertia))
 
 
-@triton.jit
-def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, write, gates, small, wide, D: tl.constexpr,
-                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr,
-                DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Reads of the first layer: writes the gradient of Q, and that of its scores to the workspace; returns those of A
-    and f."""
+@triton.jit(noinline=True)
+def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, weights, write, vectors, ends, d_vectors,
+                small, wide, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+                RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """Reads of the first layer: writes the gradient of Q, and that of its scores to the workspace; adds to those of
+    A and f."""
     SIZE: tl.constexpr = D * F
-    retain, carry, _, _, _, _, _ = gates
+    tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+    retain, carry, _, _, _, _, _ = load_gates(vectors, ends, C)
     _, _, _, delta1s = small_parts(small, C, D)
     _, scores, _, _, _, _, _, d_pres, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
@@ -162,20 +187,24 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, write, gate
     if RESIDUAL:
         d_q += token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
     tl.store(d_q_ptr + tok[:, None] + d[None, :], d_q.to(DT), mask=valid[:, None])
-    return tl.sum(d_retain, 1), tl.sum(d_carry, 1)
+    tl.store(d_vectors + i, tl.load(d_vectors + i) + tl.sum(d_retain, 1))
+    tl.store(d_vectors + C + i, tl.load(d_vectors + C + i) + tl.sum(d_carry, 1))
 
 
-@triton.jit
-def first_update(q_ptr, k_ptr, tok, valid, u2, weights, grads, grads2, write, gates, small, wide, own,
-                 D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, MOMENTUM: tl.constexpr,
-                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+@triton.jit(noinline=True)
+def first_update(q_ptr, k_ptr, j, begin, length, place, h, u2, weights, grads, grads2, write, vectors, ends,
+                 d_vectors, d_ends, small, wide, own, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+                 C: tl.constexpr, BF: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """Update of the first layer, with what its reads add to the gradients of W and S, and the second-order terms: Δ1 =
     (Δ2 U2ᵀ) ⊙ gelu′ depends on the anchor. Adds to the gradients of Δ2 and of the keys' pre-activations in the
     workspace, and to that of U2 (the weights', where the anchor is those: ``own``); that of K so far goes there too.
-    Returns those of the gates."""
+    Writes those of
+    the gates."""
     SIZE: tl.constexpr = D * F
     ANCHOR: tl.constexpr = (2 if MOMENTUM else 1) * SIZE
-    retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
+    tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+    retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = load_gates(vectors, ends, C)
     deltas, _, _, _ = small_parts(small, C, D)
     _, scores, _, _, d_deltas, d_keys, befores, d_pres, d_befores = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
@@ -234,28 +263,31 @@ def first_update(q_ptr, k_ptr, tok, valid, u2, weights, grads, grads2, write, ga
         tl.store(g_anchor, tl.load(g_anchor) + product(delta_t, d_back, DT, PRECISION))
     tl.store(tall(d_deltas, C, D)[0], d_delta)
     tl.store(tall(d_keys, C, D)[0], d_k)
-    return (tl.sum(d_end_write, 1), tl.sum(d_end_momentum, 1), tl.sum(d_end_retain), tl.sum(d_end_carry),
-            tl.sum(d_end_inertia))  # fmt: skip
+    tl.store(d_vectors + 2 * C + i, tl.load(d_vectors + 2 * C + i) + tl.sum(d_end_write, 1))
+    tl.store(d_vectors + 3 * C + i, tl.load(d_vectors + 3 * C + i) + tl.sum(d_end_momentum, 1))
+    tl.store(d_ends, tl.load(d_ends) + tl.sum(d_end_retain))
+    tl.store(d_ends + 1, tl.load(d_ends + 1) + tl.sum(d_end_carry))
+    tl.store(d_ends + 2, tl.load(d_ends + 2) + tl.sum(d_end_inertia))
 
 
-@triton.jit
-def keys_down(k_ptr, tok, valid, anchor, grads, small, wide, own, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
-              BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
-    """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): what it adds to
-    that of K, and the gradients of the anchor, which are the weights' where the anchor is those (``own``)."""
-    u1, u2 = anchor
+@triton.jit(noinline=True)
+def keys_down(k_ptr, d_k_ptr, j, begin, length, place, h, u1, u2, grads1, grads2, small, wide, own, H: tl.constexpr,
+              D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+              LAST: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): writes
+    that of K, and adds those of the anchor, which are the weights' where the anchor is those (``own``)."""
     ANCHOR: tl.constexpr = (2 if MOMENTUM else 1) * D * F
-    g1 = grads[0] + tl.where(own, 0, ANCHOR)
-    g2 = grads[1] + tl.where(own, 0, ANCHOR)
+    tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+    g1 = grads1 + tl.where(own, 0, ANCHOR)
+    g2 = grads2 + tl.where(own, 0, ANCHOR)
     _, _, lasts, _ = small_parts(small, C, D)
-    _, _, _, _, _, _, befores, _, d_befores = wide_parts(wide, C, D, F)
+    _, _, _, _, _, d_keys, befores, _, d_befores = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     kt = token_columns(k_ptr, tok, valid, d)
     d_last = tl.load(tall(lasts, C, D)[0])
     d_last_t = tl.load(tall(lasts, C, D)[1])
-    d_k = tl.zeros([C, D], tl.float32)
+    d_k = tl.load(tall(d_keys, C, D)[0])
     for start in tl.range(0, F, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
@@ -281,7 +313,7 @@ def keys_down(k_ptr, tok, valid, anchor, grads, small, wide, own, D: tl.constexp
     if not DEEP:
         tl.debug_barrier()
         d_k += tl.load(tall(d_befores, C, D)[0])
-    return d_k
+    tl.store(d_k_ptr + tok[:, None] + d[None, :], d_k.to(DT), mask=valid[:, None])
 
 
 @triton.jit
@@ -306,68 +338,67 @@ def error_backward(d_delta, normed, rstd, error, scale, D: tl.constexpr, NORM: t
         return d_delta, d_delta, tl.zeros([D], tl.float32)
 
 
-@triton.jit
-def step_backward(tokens, d_tokens, tok, valid, anchor, old, grads, write, d_write, gates, scale, small, wide, own,
-                  D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
-                  NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, MOMENTUM: tl.constexpr,
-                  DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One step: writes the gradients of its tokens and of Λ, carries those of the state back in place; returns those
-    of the norm and of the gates' other coefficients."""
-    q_ptr, k_ptr, v_ptr, d_o_ptr = tokens
-    d_q_ptr, d_k_ptr, d_v_ptr = d_tokens
-    deltas, reads, lasts, delta1s = small_parts(small, C, D)
-    products, scores, units, errors, d_deltas, d_keys, befores, pres, _ = wide_parts(wide, C, D, F)
+@triton.jit(noinline=True)
+def error_and_reads(q_ptr, k_ptr, v_ptr, d_o_ptr, j, begin, length, place, h, u1, u2, old1, old2, write, vectors,
+                    ends, norm_ptr, d_norm, small, wide, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+                    C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+                    DOT: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """The forward of a step, its tiles left in the workspace, and the gradient of the last layer's reads."""
+    deltas, reads, _, delta1s = small_parts(small, C, D)
+    products, _, units, errors, _, _, befores, pres, d_befores = wide_parts(wide, C, D, F)
+    tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+    gates = load_gates(vectors, ends, C)
     d = tl.arange(0, D)
-    at = tok[:, None] + d[None, :]
+    scale = load_norm(norm_ptr, h, D, NORM)
     normed, rstd, error, delta = inner_pass(
-        k_ptr, v_ptr, tok, valid, anchor, scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
+        k_ptr, v_ptr, tok, valid, (u1, u2), scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
     )
     tl.store(tall(deltas, C, D)[0], delta.to(DT))
     tl.store(tall(units, C, D)[0], normed)
     tl.store(tall(errors, C, D)[0], error)
+    tl.store(d_befores + C * F + tl.arange(0, C), rstd)
+    old = old1, old2
     read_products, out = outer_pass(
-        q_ptr, k_ptr, tok, valid, delta, anchor, old, old, old, square(write, C)[0], gates, (delta1s, befores, pres),
-        D, F, C, BF, DEEP, MOMENTUM, True, False, False, DT, PRECISION,
+        q_ptr, k_ptr, tok, valid, delta, (u1, u2), old, old, old, square(write, C)[0], gates,
+        (delta1s, befores, pres), D, F, C, BF, DEEP, MOMENTUM, True, False, False, DT, PRECISION,
     )  # fmt: skip
     tl.store(square(products, C)[0], read_products)
     d_out = token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
-    d_scale = tl.zeros([D], tl.float32)
     if NORM:
         out -= product(read_products * tl.load(square(write, C)[0]).to(tl.float32), delta, DT, PRECISION)
         read_normed, read_rstd = normalised(out, D)
-        d_scale += tl.sum(d_out * read_normed, 0)
+        tl.store(d_norm + d, tl.load(d_norm + d) + tl.sum(d_out * read_normed, 0))
         d_out = project(d_out * scale[None, :], read_normed, D) * read_rstd[:, None]
     tl.store(tall(reads, C, D)[0], d_out.to(DT))
-    tl.debug_barrier()
-    d_retain, d_carry, d_end_write, d_end_momentum, d_end_retain, d_end_carry, d_end_inertia = last_layer(
-        q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, old[1], grads[1], write, gates, small, wide, D, F, C, BF, DEEP,
-        RESIDUAL, MOMENTUM, DT, PRECISION,
+
+
+@triton.jit(noinline=True)
+def error_down(q_ptr, k_ptr, d_v_ptr, j, begin, length, place, h, d_write, norm_ptr, d_norm, small, wide,
+               H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, DEEP: tl.constexpr,
+               NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, DT: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """From the gradient of Δ of the last layer to those of V, of the last layer's output and of the norm, and to what
+    the error adds to that of K; and the gradient of Λ."""
+    deltas, reads, lasts, _ = small_parts(small, C, D)
+    products, scores, units, errors, d_deltas, d_keys, _, _, d_befores = wide_parts(wide, C, D, F)
+    tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+    d = tl.arange(0, D)
+    rstd = tl.load(d_befores + C * F + tl.arange(0, C))
+    d_error, d_last, d_scale = error_backward(
+        tl.load(tall(d_deltas, C, D)[0]), tl.load(tall(units, C, D)[0]), rstd, tl.load(tall(errors, C, D)[0]),
+        load_norm(norm_ptr, h, D, NORM), D, NORM, DOT,
     )  # fmt: skip
-    tl.debug_barrier()
-    if DEEP:
-        more_retain, more_carry = first_reads(
-            q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, old[0], write, gates, small, wide, D, F, C, BF, RESIDUAL,
-            MOMENTUM, DT, PRECISION,
-        )  # fmt: skip
-        tl.debug_barrier()
-        more = first_update(
-            q_ptr, k_ptr, tok, valid, anchor[1], old[0], grads[0], grads[1], write, gates, small, wide, own, D, F, C,
-            BF, MOMENTUM, DT, PRECISION,
-        )  # fmt: skip
-        d_retain += more_retain
-        d_carry += more_carry
-        d_end_write += more[0]
-        d_end_momentum += more[1]
-        d_end_retain += more[2]
-        d_end_carry += more[3]
-        d_end_inertia += more[4]
-        tl.debug_barrier()
-    d_delta = tl.load(tall(d_deltas, C, D)[0])
-    d_error, d_last, more_scale = error_backward(
-        d_delta, tl.load(tall(units, C, D)[0]), rstd, tl.load(tall(errors, C, D)[0]), scale, D, NORM, DOT
-    )
+    if NORM:
+        tl.store(d_norm + d, tl.load(d_norm + d) + d_scale)
     tl.store(tall(lasts, C, D)[0], d_last.to(DT))
-    tl.store(d_v_ptr + at, (-d_error).to(DT), mask=valid[:, None])
+    tl.store(d_v_ptr + tok[:, None] + d[None, :], (-d_error).to(DT), mask=valid[:, None])
+    d_k = tl.zeros([C, D], tl.float32)
+    if DEEP:
+        d_k = tl.load(tall(d_keys, C, D)[0])
+    if RESIDUAL and not DOT:
+        d_k += d_error
+    tl.store(tall(d_keys, C, D)[0], d_k)
     d_written = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
     d_written = d_written * tl.load(square(products, C)[0])
     if DEEP:
@@ -375,14 +406,62 @@ def step_backward(tokens, d_tokens, tok, valid, anchor, old, grads, write, d_wri
         kt = token_columns(k_ptr, tok, valid, d)
         d_written += tl.load(square(scores, C)[0]) * product(q, kt, DT, PRECISION)
     tl.store(square(d_write, C)[0], d_written.to(d_write.dtype.element_ty))
+
+
+@triton.jit(noinline=True)
+def replay(q_ptr, k_ptr, v_ptr, j, begin, length, place, h, u1, u2, old1, old2, new1, new2, write, vectors, ends,
+           norm_ptr, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+           DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, MOMENTUM: tl.constexpr,
+           DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The state after a step, without its reads."""
+    tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+    anchor, old, new = (u1, u2), (old1, old2), (new1, new2)
+    _, _, _, delta = inner_pass(
+        k_ptr, v_ptr, tok, valid, anchor, load_norm(norm_ptr, h, D, NORM), D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT,
+        PRECISION,
+    )  # fmt: skip
+    outer_pass(
+        q_ptr, k_ptr, tok, valid, delta, anchor, old, new, new, square(write, C)[0], load_gates(vectors, ends, C),
+        anchor, D, F, C, BF, DEEP, MOMENTUM, False, True, False, DT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def step_backward(q_ptr, k_ptr, v_ptr, d_o_ptr, d_q_ptr, d_k_ptr, d_v_ptr, j, begin, length, place, h, u1, u2, old1,
+                  old2, grads1, grads2, write, d_write, vectors, ends, d_vectors, d_ends, norm_ptr, d_norm, small,
+                  wide, own, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+                  DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
+                  MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One step: writes the gradients of its tokens and of the gates' coefficients, carries those of the state back in
+    place, adds that of the norm."""
+    error_and_reads(
+        q_ptr, k_ptr, v_ptr, d_o_ptr, j, begin, length, place, h, u1, u2, old1, old2, write, vectors, ends, norm_ptr,
+        d_norm, small, wide, H, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, MOMENTUM, DT, PRECISION,
+    )  # fmt: skip
     tl.debug_barrier()
-    d_k = keys_down(k_ptr, tok, valid, anchor, grads, small, wide, own, D, F, C, BF, DEEP, NORM or not DOT, MOMENTUM,
-                    DT, PRECISION)  # fmt: skip
+    last_layer(
+        q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, old2, grads2, write, vectors, ends, d_vectors,
+        d_ends, small, wide, H, D, F, C, BF, DEEP, RESIDUAL, MOMENTUM, DT, PRECISION,
+    )  # fmt: skip
+    tl.debug_barrier()
     if DEEP:
-        d_k += tl.load(tall(d_keys, C, D)[0])
-    if RESIDUAL and not DOT:
-        d_k += d_error
-    tl.store(d_k_ptr + at, d_k.to(DT), mask=valid[:, None])
+        first_reads(
+            q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, old1, write, vectors, ends, d_vectors, small,
+            wide, H, D, F, C, BF, RESIDUAL, MOMENTUM, DT, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()
+        first_update(
+            q_ptr, k_ptr, j, begin, length, place, h, u2, old1, grads1, grads2, write, vectors, ends, d_vectors,
+            d_ends, small, wide, own, H, D, F, C, BF, MOMENTUM, DT, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()
+    error_down(
+        q_ptr, k_ptr, d_v_ptr, j, begin, length, place, h, d_write, norm_ptr, d_norm, small, wide, H, D, F, C, DEEP,
+        NORM, RESIDUAL, DOT, DT, PRECISION,
+    )  # fmt: skip
     tl.debug_barrier()
-    of_gates = d_retain, d_carry, d_end_write, d_end_momentum, d_end_retain, d_end_carry, d_end_inertia
-    return d_scale + more_scale, of_gates
+    keys_down(
+        k_ptr, d_k_ptr, j, begin, length, place, h, u1, u2, grads1, grads2, small, wide, own, H, D, F, C, BF, DEEP,
+        NORM or not DOT, MOMENTUM, DT, PRECISION,
+    )  # fmt: skip
+    tl.debug_barrier()

@@ -27,12 +27,13 @@ from .tiles import (
     gelu,
     gelu_slope,
     load_gates,
+    load_norm,
     normalised,
     product,
     project,
     sequence,
+    step_offsets,
     step_slot,
-    step_tokens,
     token_columns,
     token_rows,
 )
@@ -197,9 +198,7 @@ def neural_memory_forward(
     tl.debug_barrier()
     d = tl.arange(0, D)
     i = tl.arange(0, C)
-    scale = tl.zeros([D], tl.float32)
-    if NORM:
-        scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
+    scale = load_norm(norm_ptr, h, D, NORM)
     filled = place + length
     slots = (begin // (CHUNK * EVERY) + n).to(tl.int64)
     last_step = tl.where(length > 0, tl.cdiv(filled, C), 0)
@@ -217,10 +216,9 @@ def neural_memory_forward(
         slot = tl.where(keeping, slots + base // (CHUNK * EVERY) - 1, 0) * H + h
         kept = kept_ptr + slot * (LAYERS * COPIES * SIZE)
         saved = (u1, u2), (kept, kept + (LAYERS - 1) * COPIES * SIZE), opening, ending, keeping
-        token, valid = step_tokens(j, begin, length, place, C)
-        tok = (token * H + h) * D
+        tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         slot = step_slot(j, n, begin, place, C) * H + h
-        gates = load_gates(vectors_ptr, ends_ptr, slot, C)
+        gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         write = write_ptr + slot * (C * C) + i[:, None] * C + i[None, :]
         anchor = tl.where(opens, state1, u1), tl.where(opens, state2, u2)
         _, _, _, delta = inner_pass(

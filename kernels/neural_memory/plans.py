@@ -48,4 +48,5 @@ PLANS: dict[str, Callable[[], None]] = {
     "mlp_f256_c16_gd_bf16": partial(call, MemorySpec(chunk_size=16, rule="gd", bias="dot")),
     "mlp_d128_f512_c64_bf16": partial(call, MemorySpec(), heads=8, width=128),
     "linear_c64_bf16": partial(call, MemorySpec("linear")),
+    "mlp_f256_decode_bf16": partial(call, MemorySpec(), length=1, decode=True),
 }

@@ -163,9 +163,24 @@ def step_slot(j, n, begin, place, C: tl.constexpr):
 
 
 @triton.jit
-def load_gates(vectors_ptr, ends_ptr, slot, C: tl.constexpr):
+def step_offsets(j, begin, length, place, h, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
+    """Offsets of a step's tokens in [B, T, H, D], and which of its slots hold one."""
+    token, valid = step_tokens(j, begin, length, place, C)
+    return (token * H + h) * D, valid
+
+
+@triton.jit
+def load_norm(norm_ptr, h, D: tl.constexpr, NORM: tl.constexpr):
+    """The LayerNorm's scale of a head; zeros, unused, without one."""
+    scale = tl.zeros([D], tl.float32)
+    if NORM:
+        scale = tl.load(norm_ptr + h * D + tl.arange(0, D)).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def load_gates(vectors, ends, C: tl.constexpr):
     """A and f of the reads, Λ_c and P_c of the update [C], A_c, f_c and E_c of a step; gate_kernels.py makes them."""
-    at = vectors_ptr + slot * (4 * C) + tl.arange(0, C)
-    ends = ends_ptr + slot * 4
+    at = vectors + tl.arange(0, C)
     return (tl.load(at), tl.load(at + C), tl.load(at + 2 * C), tl.load(at + 3 * C), tl.load(ends), tl.load(ends + 1),
             tl.load(ends + 2))  # fmt: skip
