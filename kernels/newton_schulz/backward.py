@@ -77,7 +77,7 @@ BACKWARD = Kernel(newton_schulz_backward, configs, canary)
 def backward(grad: Tensor, x: Tensor, steps: int, a: float, b: float, c: float, eps: float) -> Tensor:
     """Gradient of x [N, m, n]."""
     d_x = x.new_empty(x.shape)
-    arguments = {"grad": grad.to(x.dtype).contiguous(), "x": x.contiguous(), "d_x": d_x}
+    arguments: dict[str, Any] = {"grad": grad.to(x.dtype).contiguous(), "x": x.contiguous(), "d_x": d_x}
     arguments |= {"iterates": x.new_empty(len(x), steps, *x.shape[1:]), "a": a, "b": b, "c": c, "eps": eps}
     BACKWARD(lambda it: (len(x),), arguments, call(x, steps))
     return d_x

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import EXACT, SINGLE, Draw, assert_close, assert_same
+from harness import DEVICE, EXACT, Draw, assert_close, assert_same
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from triton_checks import check_configurations
+from triton_checks import CLOSE, check_configurations
 
 from palimpsest.kernels import short_conv
 from palimpsest.kernels.short_conv import forward as launching
@@ -88,24 +88,24 @@ def test_kernels_of_other_widths(width: int) -> None:
     state = {"x": Draw(1, torch.float32).normal(2, width - 1, 6)}
 
     def run(backend: str, kind: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(kind).requires_grad_() for t in (x, weight, state["x"])]
+        leaves = [t.to(DEVICE, kind).requires_grad_() for t in (x, weight, state["x"])]
         y, _ = short_conv(*leaves[:2], state={"x": leaves[2]}, backend=backend)
-        gradients = torch.autograd.grad((y * Draw(2, kind).normal(*y.shape)).sum(), leaves)
+        gradients = torch.autograd.grad((y * Draw(2, kind).normal(*y.shape).to(DEVICE)).sum(), leaves)
         return [y.detach(), *gradients]
 
-    assert_close(run("triton", torch.float32), run("reference", torch.float64), SINGLE, f"width {width}")
+    assert_close(run("triton", torch.float32), run("reference", torch.float64), CLOSE, f"width {width}")
 
 
 def test_a_part_of_wider_rows_is_read_in_place() -> None:
     """Channels of a fused projection, batch and all; rows cut along time are copied."""
-    x, weight, _ = (t.float() for t in draw(2, 9, 18))
+    x, weight, _ = (t.to(DEVICE, torch.float32) for t in draw(2, 9, 18))
     for part in (x[..., 5:11], x[:, 2:, 5:11]):
         found, wanted = (short_conv(y, weight[:6], backend="triton")[0] for y in (part, part.contiguous()))
         assert_same([found], [wanted], "strided")
 
 
 def test_float64_is_refused_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, _ = draw()
+    x, weight, _ = (t.to(DEVICE) for t in draw())
     with pytest.raises(ValueError, match=r"^x.dtype was float64; it must be float32 or narrower for backend 'triton'"):
         short_conv(x, weight, backend="triton")
     monkeypatch.setenv("PALIMPSEST_BACKEND", "triton")

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import EXACT, SINGLE, Draw, assert_close, assert_same, leaves
+from harness import DEVICE, EXACT, Draw, assert_close, assert_same, leaves
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from triton_checks import check_configurations
+from triton_checks import CLOSE, check_configurations
 
 from palimpsest.kernels import window_attention
 from palimpsest.kernels.launch import Config, forced
@@ -38,7 +38,7 @@ def gradients(backend: str, tensors: list[Tensor], **options: object) -> list[Te
     o, after = window_attention(q, k, v, prefix=prefix, state=state, return_state=True, backend=backend, **options)
     found = [o, after["k"], after["v"]]
     weights = Draw(4, torch.float64)
-    loss = sum((x * weights.normal(*x.shape)).sum() for x in found)
+    loss = sum((x * weights.normal(*x.shape).to(x.device)).sum() for x in found)
     wanted = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.is_floating_point()]
     return [*found, *torch.autograd.grad(loss, wanted, materialize_grads=True)]
 
@@ -95,16 +95,16 @@ def test_the_window_holds_exactly_its_tokens(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_a_row_with_count_zero_is_a_fresh_row(backend: str) -> None:
     """Whatever lies in slots that hold no token, NaN too, reaches nothing."""
-    kind, close = (torch.float32, SINGLE) if backend == "triton" else (torch.float64, EXACT)
-    q, k, v = (x.to(kind) for x in draw(3, 4))
-    old_k, old_v = (Draw(s, kind).normal(3, 5, 2, 8) for s in (1, 2))
+    kind, close = (torch.float32, CLOSE) if backend == "triton" else (torch.float64, EXACT)
+    q, k, v = (x.to(DEVICE, kind) for x in draw(3, 4))
+    old_k, old_v = (Draw(s, kind).normal(3, 5, 2, 8).to(DEVICE) for s in (1, 2))
     old_k[1], old_v[1] = torch.nan, torch.nan
     old_k[2, :3], old_v[2, :3] = torch.inf, torch.nan
-    state = {"k": old_k, "v": old_v, "count": torch.tensor([5, 0, 2], dtype=torch.int32)}
+    state = {"k": old_k, "v": old_v, "count": torch.tensor([5, 0, 2], dtype=torch.int32, device=DEVICE)}
     found, after = window_attention(q, k, v, window=6, state=state, return_state=True, backend=backend)
     fresh, _ = window_attention(q[1:2], k[1:2], v[1:2], window=6, backend=backend)
     assert_close([found[1:2]], [fresh], close, "fresh row")
-    short = {"k": old_k[2:, 3:], "v": old_v[2:, 3:], "count": torch.tensor([2], dtype=torch.int32)}
+    short = {"k": old_k[2:, 3:], "v": old_v[2:, 3:], "count": torch.tensor([2], dtype=torch.int32, device=DEVICE)}
     shorter, _ = window_attention(q[2:], k[2:], v[2:], window=6, state=short, backend=backend)
     assert_close([found[2:]], [shorter], close, "row of two")
     assert after["count"].tolist() == [5, 4, 5]
@@ -128,12 +128,13 @@ def test_kernels_of_small_tiles(window: int | None, packed: bool) -> None:
     }
     tensors = draw(rows, 45, 2, 1)
     wanted = gradients("reference", tensors, **options)
-    narrow = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, [tensors, options])
+    kinds = {torch.float64: torch.float32, torch.int32: torch.int32}
+    narrow = tree_map_only(Tensor, lambda x: x.to(DEVICE, kinds[x.dtype]), [tensors, options])
     small = Config((("BLOCK_M", 16), ("BLOCK_N", 16)))
     with pytest.MonkeyPatch.context() as patch, forced(by_queries.QUERIES, small), forced(by_keys.KEYS, small):
         patch.setattr(by_keys, "SPAN", 32)
         found = gradients("triton", narrow[0], **narrow[1])
-    assert_close(found, wanted, SINGLE, f"window {window}")
+    assert_close([x.cpu() for x in found], wanted, CLOSE, f"window {window}")
 
 
 def test_every_configuration_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_every_configuration_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_heads_of_a_fused_projection_are_read_in_place() -> None:
-    joined = Draw(3, torch.float32).normal(2, 9, 3 * 16)
+    joined = Draw(3, torch.float32).normal(2, 9, 3 * 16).to(DEVICE)
     parts = [x.unflatten(-1, (2, 8)) for x in joined.split(16, -1)]
     assert all(by_queries.rows(x) is x for x in parts)
     assert by_queries.rows(parts[0][:, 1:]) is not parts[0][:, 1:]
@@ -160,14 +161,14 @@ def test_heads_of_a_fused_projection_are_read_in_place() -> None:
 
 def test_what_the_kernels_do_not_cover_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^q.dtype was float64; it must be float32 or narrower for backend 'triton'"):
-        window_attention(*draw(1, 4), backend="triton")
+        window_attention(*(x.to(DEVICE) for x in draw(1, 4)), backend="triton")
     with pytest.raises(ValueError, match=r"^D of q was 136; it must be at most 128 for backend 'triton'"):
-        window_attention(*(torch.zeros(1, 2, 1, 136) for _ in range(3)), backend="triton")
+        window_attention(*(torch.zeros(1, 2, 1, 136, device=DEVICE) for _ in range(3)), backend="triton")
 
 
 def test_by_default_existing_kernels_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where both could run: flash's for plain calls, Triton's with a prefix, or by argument."""
-    q, k, v = (x.float() for x in draw(1, 5))
+    q, k, v = (x.to(DEVICE, torch.float32) for x in draw(1, 5))
     called = []
     monkeypatch.setattr("palimpsest.kernels.op.backends.resolve", lambda *_: "triton")
     monkeypatch.setattr(flash, "choose", lambda *_, **__: lambda *_: called.append("flash") or q)
