@@ -78,16 +78,16 @@ def backward(constants: Mapping[str, Any]) -> Pairs:
 
     arguments = problem(constants)
     inputs: list[Any] = [arguments[name] for name in ("q", "k", "v", "beta", "log_decay", "state")]
-    fixed = arguments["scale"], arguments["chunk"]
+    scale, chunk = arguments["scale"], arguments["chunk"]
     o, final, *kept = forwards(**arguments)
     source = torch.Generator(o.device).manual_seed(1)
     grads: list[Any] = [torch.randn(x.shape, generator=source, device=o.device).to(x.dtype) for x in (o, final)]
-    found = launch(*grads, *inputs, arguments["cu_seqlens"], *kept, *fixed)
+    found = launch(*grads, *inputs, arguments["cu_seqlens"], *kept, scale, chunk)
     # The operators' bodies, not the operators: a canary runs inside one, where autograd is off.
     exact: list[Any] = [None if x is None else x.float() for x in inputs]
-    _, _, *held = operator.linear_memory_op.body(*exact, arguments["cu_seqlens"], *fixed, True, False)
+    _, _, *held = operator.linear_memory_op.body(*exact, arguments["cu_seqlens"], scale, chunk, True, False)
     wanted = operator.linear_memory_backward_op.body(
-        *(x.float() for x in grads), *exact, arguments["cu_seqlens"], *held, *fixed, False
+        *(x.float() for x in grads), *exact, arguments["cu_seqlens"], *held, scale, chunk, False
     )
     kind = o.dtype
     return [(x.to(kind), y) for x, y in zip(found, wanted, strict=True) if x is not None]
