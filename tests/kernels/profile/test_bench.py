@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -110,6 +111,15 @@ def test_peers_are_called_with_what_they_expect(
     module(monkeypatch, place, **{member: fake})
     workload = WORKLOADS[name]
     verdict = bench.check(workload, peers()[peer].calls[workload.operation], CPU, workload.small)
+    assert verdict["right"], verdict
+
+
+def test_flash_attention_counts_a_windows_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours counts the token itself, the package's does not."""
+    module(monkeypatch, "flash_attn", flash_attn_func=fake_attention)
+    workload = WORKLOADS["window_attention/w512_p16"]
+    workload = replace(workload, check={**workload.check, "P": 0})
+    verdict = bench.check(workload, peers()["flash-attn"].calls["window_attention"], CPU, workload.small)
     assert verdict["right"], verdict
 
 

@@ -120,6 +120,7 @@ def test_instructions_are_read() -> None:
         (90, {"warps": 4, "registers": 255, "shared": 0}, (2, "registers")),
         (90, {"warps": 4, "registers": 128, "shared": 0}, (4, "registers")),
         (90, {"warps": 8, "registers": 32, "shared": 0}, (8, "registers")),
+        (90, {"warps": 4, "registers": 33, "shared": 0}, (12, "registers")),
         (90, {"warps": 1, "registers": 16, "shared": 0}, (32, "blocks")),
         (90, {"warps": 4, "registers": 64, "shared": 113 * 1024}, (2, "shared memory")),
         (90, {"warps": 4, "registers": 64, "shared": 227 * 1024}, (1, "shared memory")),
