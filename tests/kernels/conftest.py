@@ -50,6 +50,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS chooses among algorithms: repeats may differ
 if (os.environ.get("PALIMPSEST_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton reads it then
+    os.environ["TRITON_INTERPRET"] = "1"  # as in the conftest above, for those who run this folder alone
     if importlib.util.find_spec("triton") is not None:
         hasten_interpreter()
