@@ -126,7 +126,7 @@ def configs(constants: Mapping[str, Any]) -> list[Config]:
     elif constants["DEPTH"] > 64:
         sizes = [(32, 64, 8, 1), (32, 64, 8, 2), (64, 64, 8, 2)]
     else:
-        sizes = [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2)]
+        sizes = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2)]
     return [Config((("BLOCK_M", m), ("BLOCK_N", n)), num_warps=w, num_stages=s) for m, n, w, s in sizes]
 
 
