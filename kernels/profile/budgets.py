@@ -2,8 +2,8 @@
 
 ``budgets.json`` beside this file holds what each kernel compiled to when its figures were last accepted, by plan,
 kernel, configuration and architecture, for one version of Triton. A compilation that is worse is a problem: it names
-what it was and what it may be. What the file does not know (a new kernel, a new configuration) must compile, fit a
-multiprocessor and not spill; ``--update`` writes it down.
+what it was and what it may be. A new configuration may use what the known ones of its kernel use; a new kernel must
+compile, fit a multiprocessor and not spill; ``--update`` writes it down.
 
     python -m palimpsest.kernels.profile budgets [--quick 180] [--update] [--arch 80 90 100] [--only TEXT] [--jobs 2]
 """
@@ -49,6 +49,26 @@ class Budget:
             dict(sorted(facts.matrix.items())),
             round(facts.seconds, 1),
         )
+
+
+def budget_of(entry: Entry, budgets: Mapping[Key, Budget]) -> Budget | None:
+    """The budget of a compilation; of a new configuration what the others of its plan, kernel and architecture may use.
+
+    A changed list of configurations must not hide a kernel that got worse, nor refuse one that got better.
+    """
+    if entry.key in budgets:
+        return budgets[entry.key]
+    plan, kernel, _, arch = entry.key
+    others = [budget for key, budget in budgets.items() if (key[0], key[1], key[3]) == (plan, kernel, arch)]
+    if not others:
+        return None
+    most = {name: max(getattr(b, name) for b in others) for name in ("registers", "stack", "spills", "shared")}
+    return Budget(
+        **most,
+        programs=min(b.programs for b in others),
+        load_bits=min(b.load_bits for b in others),
+        matrix={},
+    )
 
 
 def problems(facts: Facts, budget: Budget | None) -> list[str]:
@@ -150,7 +170,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{len(made)} budgets written to {args.file}")
     if version not in (None, triton.__version__):
         print(f"the budgets are for Triton {version}; this is {triton.__version__}, which may compile otherwise")
-    wrong = [(e.key, what) for e in entries for what in problems(facts[e.job], budgets.get(e.key))]
+    wrong = [(e.key, what) for e in entries for what in problems(facts[e.job], budget_of(e, budgets))]
     for key, what in wrong:
         print(f"WORSE {' '.join(key)}: {what}")
     for line in refused:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.kernels.profile.budgets import Budget, problems, read, write
-from palimpsest.kernels.profile.offline import Facts
+from palimpsest.kernels.profile.budgets import Budget, budget_of, problems, read, write
+from palimpsest.kernels.profile.offline import Facts, Job
+from palimpsest.kernels.profile.plans import Entry
 
 HERE = Path(__file__).parent
 GOOD = Facts(
@@ -52,6 +53,21 @@ def test_what_no_budget_knows_must_compile_fit_and_not_spill() -> None:
     assert "spills: 3" in problems(replace(GOOD, spill_stores=3), None)[0]
     assert "does not fit" in problems(replace(GOOD, programs=0), None)[0]
     assert "does not compile" in problems(replace(GOOD, error="RuntimeError: no"), None)[0]
+
+
+def test_a_new_configuration_may_use_what_the_known_ones_do() -> None:
+    job = Job("k", "", "", 90, "BLOCK=8 warps=4 stages=2", 4, 2, (), (), ())
+    entry = Entry("a/b", "k", True, job)
+    known = {
+        ("a/b", "k", "BLOCK=16 warps=4 stages=2", "sm_90"): Budget(100, 8, 2, 1024, 4, 64.0, {"HGMMA": 4}),
+        ("a/b", "k", "BLOCK=32 warps=4 stages=2", "sm_90"): Budget(200, 0, 0, 4096, 2, 128.0, {"HGMMA": 8}),
+        ("a/b", "k", "BLOCK=32 warps=4 stages=2", "sm_80"): Budget(255, 99, 99, 9999, 1, 16.0, {}),
+        ("a/c", "k", "BLOCK=8 warps=4 stages=2", "sm_90"): Budget(255, 99, 99, 9999, 1, 16.0, {}),
+    }
+    assert budget_of(entry, known) == Budget(200, 8, 2, 4096, 2, 64.0, {})
+    exact = Budget(1, 0, 0, 0, 9, 128.0, {})
+    assert budget_of(entry, {**known, entry.key: exact}) == exact
+    assert budget_of(replace(entry, plan="a/d"), known) is None
 
 
 def test_a_file_keeps_its_budgets(tmp_path: Path) -> None:
