@@ -46,7 +46,10 @@ def measure(run: Run, tokens: int, chunk: int) -> dict[str, Any]:
     if not 2 <= tokens <= split.tokens:
         raise ValueError(f"tokens was {tokens:,}; it must lie between 2 and the {split.tokens:,} of the training text")
     text = torch.from_numpy(np.asarray(split.read(0, tokens)))[None].to(run.device)
-    rows, losses, seen, last, sizes = [], [], 0, 0, []
+    rows: list[dict[str, Any]] = []
+    losses: list[float] = []
+    sizes: list[int] = []
+    seen = last = 0
     began = lap = time.perf_counter()
     for loss, state in stream(run.model, text, chunk):
         losses.append(float(loss.double().sum()))

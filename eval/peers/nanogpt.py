@@ -168,7 +168,8 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     peer = load_peer(args.peer, args.seq_len, LAYERS, WIDTH, VOCABULARY)
     other = contender_of(peer, "nanogpt", args.lr)
     # nanoGPT counts itself without its table of positions, which costs no arithmetic; rotary models have none.
-    mine = [ours(name, peer.get_num_params(), args.lr) for name in names]
+    count = int(peer.get_num_params())  # type: ignore[operator]
+    mine = [ours(name, count, args.lr) for name in names]
     drawn = torch.randint(VOCABULARY, (args.batch_size, args.seq_len + 1), generator=torch.Generator().manual_seed(0))
     batch = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
     measured = speeds([other, *mine], batch, args.rounds, args.updates)

@@ -9,7 +9,7 @@ span, since a block of its rows does not fit in registers. G has as many entries
 when that is not given: at 32k tokens, 2048 of the 128k columns, 128 MB in bfloat16 where all logits take 8.6 GB.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -190,6 +190,11 @@ def product(a: Tensor, b: Tensor, out: Tensor, before: Tensor | None, kept: Tens
     )
 
 
+def _span_grid(entries: int, tokens: int) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
+    """The grid of SLOPES over a span of the vocabulary."""
+    return lambda it: (triton.cdiv(entries, it["BLOCK_V"]), triton.cdiv(tokens, it["BLOCK_N"]))
+
+
 def backward(
     grad: Tensor,
     log_sum: Tensor,
@@ -224,7 +229,7 @@ def backward(
             kept = x.new_empty(triton.cdiv(tokens, GRAIN), triton.cdiv(size, GRAIN), dtype=torch.int32)
         own = {"weight": part, "slopes": slopes, "kept": kept, "entries": size, "first": first}
         SLOPES(
-            lambda it, size=size: (triton.cdiv(size, it["BLOCK_V"]), triton.cdiv(tokens, it["BLOCK_N"])),
+            _span_grid(size, tokens),
             {**arguments, **rows, **numbers, **own},
             {**constants, "FILTER": threshold is not None, "GRAIN": GRAIN},
         )
