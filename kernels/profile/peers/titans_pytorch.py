@@ -1,7 +1,7 @@
-"""neural_memory's torch path beside the memory layer of the ``titans-pytorch`` package: speed and peak memory.
+"""neural_memory beside the memory layer of the ``titans-pytorch`` package: speed and peak memory.
 
     pip install titans-pytorch          # the peer; nothing here installs it
-    python -m palimpsest.kernels.profile.peers.titans_pytorch [--chunks 16 64] [--threads 1] [--json FILE]
+    python -m palimpsest.kernels.profile.peers.titans_pytorch [--chunks 16 64] [--device cuda] [--json FILE]
 
 Both are whole layers (projections, gates, memory, output projection) trained forward and backward on the same input.
 The peer's ``batch_size`` is set to the chunk, so that its inner gradients are taken at every chunk's own start as ours
@@ -50,7 +50,6 @@ class Layer(nn.Module):
             weights=list(self.weights),
             spec=self.spec,
             norm=self.scale,
-            backend="torch",
         )
         return self.out(o.flatten(-2))
 
@@ -85,12 +84,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json")
     args = parser.parse_args()
     peer = peer_class()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    x = torch.randn(args.batch, args.length, args.dim)
+    x = torch.randn(args.batch, args.length, args.dim, device=args.device)
     rows, trained = [], []
     for chunk in args.chunks:
         common = {"dim": args.dim, "heads": args.heads, "dim_head": args.dim // args.heads, "chunk_size": chunk}
@@ -99,8 +99,8 @@ def main() -> None:
             "peer": peer(**common, batch_size=chunk),
             "peer, all gradients at W_0": peer(**common),
         }
-        trained.append({name: trainer(layer, x) for name, layer in layers.items()})
-        seconds = interleave(trained[-1], args.rounds)
+        trained.append({name: trainer(layer.to(args.device), x) for name, layer in layers.items()})
+        seconds = interleave(trained[-1], args.rounds, args.device)
         tokens = args.batch * args.length
         rates = {name: tokens / statistics.median(s) for name, s in seconds.items()}
         rows.append(
@@ -109,10 +109,10 @@ def main() -> None:
         print(f"chunk {chunk}: {rows[-1]['times_the_peer']:.1f} × the peer", flush=True)
         print("  " + "  ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in rates.items()), flush=True)
     for row, steps in zip(rows, trained, strict=True):
-        row["peak_bytes"] = peaks = {name: peak_bytes(step) for name, step in steps.items()}
+        row["peak_bytes"] = peaks = {name: peak_bytes(step, args.device) for name, step in steps.items()}
         told = "  ".join(f"{name}: {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
         print(f"chunk {row['chunk']} peak memory\n  {told}", flush=True)
-    shape = {key: getattr(args, key) for key in ("dim", "heads", "batch", "length", "threads", "rounds")}
+    shape = {key: getattr(args, key) for key in ("dim", "heads", "batch", "length", "threads", "rounds", "device")}
     write(args.json, {"shape": shape, "rows": rows})
 
 
