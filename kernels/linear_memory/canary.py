@@ -82,7 +82,8 @@ def backward(constants: Mapping[str, Any]) -> Pairs:
     o, final, *kept = forwards(**arguments)
     source = torch.Generator(o.device).manual_seed(1)
     grads: list[Any] = [torch.randn(x.shape, generator=source, device=o.device).to(x.dtype) for x in (o, final)]
-    found = launch(*grads, *inputs, arguments["cu_seqlens"], *kept, scale, chunk)
+    every: list[Any] = [*grads, *inputs, arguments["cu_seqlens"], *kept, scale, chunk]
+    found = launch(*every)
     # The operators' bodies, not the operators: a canary runs inside one, where autograd is off.
     exact: list[Any] = [None if x is None else x.float() for x in inputs]
     _, _, *held = operator.linear_memory_op.body(*exact, arguments["cu_seqlens"], scale, chunk, True, False)

@@ -44,9 +44,10 @@ def linear_memory(
     memory = q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3], dtype=kind) if state is None else state
     tokens: list[Any] = [q.to(kind) * scale, k.to(kind), v.to(kind), beta, decay]
     if borders is None:
-        o, final = _run(*tokens, memory)
+        o, final = _run(*[*tokens, memory])
         return o.to(v.dtype), final
     parts = []
     for n, (start, end) in enumerate(pairwise(borders)):
-        parts.append(_run(*(None if x is None else x[:, start:end] for x in tokens), memory[n : n + 1]))
+        own: list[Any] = [None if x is None else x[:, start:end] for x in tokens]
+        parts.append(_run(*[*own, memory[n : n + 1]]))
     return torch.cat([o for o, _ in parts], 1).to(v.dtype), torch.cat([final for _, final in parts])
