@@ -6,8 +6,7 @@ six times: the error, and the reads, as in the forward; then backward through th
 (``first_update``), and down along the keys' own pass (``keys_down``). What one pass leaves for another goes through a
 workspace: ``small`` holds operands of products in DT, ``wide`` the rest in float32.
 
-Each pass is a function that is not inlined and takes scalars alone: compiled together, what one pass computes once per
-thread (the places of tiles in shared memory) would be kept in registers, or spilled, through all the others.
+Each pass takes scalars alone and leaves nothing in registers for the next.
 
 A tile that is needed transposed is loaded so from there: the transpose of a product's result is never an operand of
 another. The last layer's matrices are taken as [D, BF], transposed, throughout.
@@ -64,7 +63,7 @@ def wide_parts(wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
             hidden + 2 * C * F)  # fmt: skip
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def last_layer(q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, weights, grads, write, vectors, ends,
                d_vectors, d_ends, small, wide, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
                BF: tl.constexpr, DEEP: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
@@ -150,7 +149,7 @@ def last_layer(q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, weigh
     tl.store(d_ends + 2, tl.sum(d_end_inertia))
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, weights, write, vectors, ends, d_vectors,
                 small, wide, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
                 RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
@@ -191,7 +190,7 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, j, begin, length, place, h, weig
     tl.store(d_vectors + C + i, tl.load(d_vectors + C + i) + tl.sum(d_carry, 1))
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def first_update(q_ptr, k_ptr, j, begin, length, place, h, u2, weights, grads, grads2, write, vectors, ends,
                  d_vectors, d_ends, small, wide, own, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
                  C: tl.constexpr, BF: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
@@ -270,7 +269,7 @@ def first_update(q_ptr, k_ptr, j, begin, length, place, h, u2, weights, grads, g
     tl.store(d_ends + 2, tl.load(d_ends + 2) + tl.sum(d_end_inertia))
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def keys_down(k_ptr, d_k_ptr, j, begin, length, place, h, u1, u2, grads1, grads2, small, wide, own, H: tl.constexpr,
               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
               LAST: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -338,7 +337,7 @@ def error_backward(d_delta, normed, rstd, error, scale, D: tl.constexpr, NORM: t
         return d_delta, d_delta, tl.zeros([D], tl.float32)
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def error_and_reads(q_ptr, k_ptr, v_ptr, d_o_ptr, j, begin, length, place, h, u1, u2, old1, old2, write, vectors,
                     ends, norm_ptr, d_norm, small, wide, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
                     C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -373,7 +372,7 @@ def error_and_reads(q_ptr, k_ptr, v_ptr, d_o_ptr, j, begin, length, place, h, u1
     tl.store(tall(reads, C, D)[0], d_out.to(DT))
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def error_down(q_ptr, k_ptr, d_v_ptr, j, begin, length, place, h, d_write, norm_ptr, d_norm, small, wide,
                H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, DEEP: tl.constexpr,
                NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, DT: tl.constexpr,
@@ -408,7 +407,7 @@ def error_down(q_ptr, k_ptr, d_v_ptr, j, begin, length, place, h, d_write, norm_
     tl.store(square(d_write, C)[0], d_written.to(d_write.dtype.element_ty))
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def replay(q_ptr, k_ptr, v_ptr, j, begin, length, place, h, u1, u2, old1, old2, new1, new2, write, vectors, ends,
            norm_ptr, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
            DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, MOMENTUM: tl.constexpr,

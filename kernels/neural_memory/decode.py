@@ -123,9 +123,8 @@ def neural_memory_decode(
 
 
 def decode_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Blocks of hidden units, and warps."""
-    blocks = [b for b in (64, 32, 16) if b <= constants["F"]]
-    return [Config((("BF", b),), warps, 1) for b in blocks for warps in (4, 8)]
+    """Blocks of hidden units."""
+    return [Config((("BF", b),), 4, 1) for b in (32, 16) if b <= constants["F"]]
 
 
 DECODE = Kernel(neural_memory_decode, decode_configs, decode_pairs)

@@ -282,9 +282,8 @@ def constants_of(
 
 
 def forward_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Blocks of hidden units, warps and stages; first what spills least."""
-    blocks = [b for b in (16, 32, 64) if b <= constants["F"]]
-    return [Config((("BF", b),), warps, stages) for b in blocks for warps, stages in ((8, 1), (8, 2), (4, 1))]
+    """Blocks of hidden units; the narrow one spills least, and eight warps hold the most registers."""
+    return [Config((("BF", b),), 8, 1) for b in (16, 32, 64) if b <= constants["F"]]
 
 
 FORWARD = Kernel(neural_memory_forward, forward_configs, forward_pairs)
