@@ -131,6 +131,8 @@ CONSTANTS |= {"PRECISION": "ieee", "DTYPE": "float32", "Q_STRIDE": 16, "K_STRIDE
 
 def check_canaries(kernels: list[str], **change: Any) -> None:
     """All that the canaries of some kernels compare, in float32."""
+    from palimpsest.kernels.linear_memory import backward, decode, forward  # noqa: F401  (they register the kernels)
+
     for canary in {KERNELS[name].canary for name in kernels}:
         found, wanted = zip(*canary(CONSTANTS | change), strict=True)
         assert_close(found, wanted, CLOSE, f"canary with {change}")
