@@ -55,7 +55,7 @@ def linear_cross_entropy_slopes(
     width = grains * GRAIN  # in the kernel, so that the compiler knows what divides it
     mask = live[:, None] & (entry < width)[None, :]
     if FILTER:
-        mark = tl.max(tl.max((tl.abs(g) >= threshold).to(tl.int32), 1), 0)
+        mark = tl.max((tl.abs(g) >= threshold).to(tl.int32))
         tl.store(kept + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), mark)
         mask = mask & (mark > 0)
     g = tl.where(counts, g * tl.load(incoming + token, mask=live, other=0.0)[:, None], 0.0)
@@ -118,11 +118,11 @@ def linear_cross_entropy_product(
 
 
 def slope_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """With filtering a tile is a block that is kept or skipped."""
+    """With filtering a tile is a block that is kept or skipped; a soft-cap takes the registers of wider ones."""
     deep = 32 if constants["DTYPE"] == "float32" else 64
     grain = Config((("BLOCK_N", GRAIN), ("BLOCK_V", GRAIN), ("BLOCK_D", deep)), num_warps=8, num_stages=3)
     narrow = Config((("BLOCK_N", GRAIN), ("BLOCK_V", GRAIN), ("BLOCK_D", 32)), num_warps=8, num_stages=4)
-    if constants["FILTER"]:
+    if constants["FILTER"] or constants["SOFTCAP"]:
         return [grain, narrow]
     return [grain, Config((("BLOCK_N", 128), ("BLOCK_V", 256), ("BLOCK_D", deep)), num_warps=8, num_stages=3), narrow]
 
