@@ -24,6 +24,12 @@ PLAIN = ["reference", "torch"]
 CLOSE = 1e-5 if DEVICE == "cpu" else GPU_SINGLE  # float32 against float64, sums of a hundred terms
 
 
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    """Have every kernel registered, whichever test comes first."""
+    from palimpsest.kernels.linear_memory import backward, decode, forward  # noqa: F401
+
+
 def tokens(length: int = 21, heads: int = 2, width: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in float64, one row."""
     draw = Draw(seed, torch.float64)
@@ -131,8 +137,6 @@ CONSTANTS |= {"PRECISION": "ieee", "DTYPE": "float32", "Q_STRIDE": 16, "K_STRIDE
 
 def check_canaries(kernels: list[str], **change: Any) -> None:
     """All that the canaries of some kernels compare, in float32."""
-    from palimpsest.kernels.linear_memory import backward, decode, forward  # noqa: F401  (they register the kernels)
-
     for canary in {KERNELS[name].canary for name in kernels}:
         found, wanted = zip(*canary(CONSTANTS | change), strict=True)
         assert_close(found, wanted, CLOSE, f"canary with {change}")
