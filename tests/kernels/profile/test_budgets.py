@@ -101,5 +101,5 @@ def test_a_plan_that_is_refused_is_a_problem(tmp_path: Path) -> None:
 
 def test_kernels_are_within_their_budgets(tmp_path: Path) -> None:
     """Every kernel for every architecture, and more of Hopper; the command without --quick compiles all."""
-    done = command("--quick", "150", "--jobs", "2", cache=tmp_path)
+    done = command("--quick", "60", "--jobs", "2", cache=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
