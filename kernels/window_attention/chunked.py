@@ -192,17 +192,19 @@ def _differentiate(ctx, grad, _):
 forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _flops(
+def flops_of_call(
     q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale, *, out_shape, backward=False
-):
+) -> int:
+    """FLOPs of the operator on tensors of these shapes."""
     prefix = 0 if prefix_k is None else prefix_k[0]
     cached = 0 if cache_k is None else cache_k[1]
     return cost(q, k, window=window, prefix=prefix, cached=cached, backward=backward).flops
 
 
-flop_formula(torch.ops.palimpsest.window_attention, _flops)
+flop_formula(torch.ops.palimpsest.window_attention, flops_of_call)
 flop_formula(
-    torch.ops.palimpsest.window_attention_backward, lambda grad, o, lse, *args, **kw: _flops(*args, **kw, backward=True)
+    torch.ops.palimpsest.window_attention_backward,
+    lambda grad, o, lse, *args, **kw: flops_of_call(*args, **kw, backward=True),
 )
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..op import flop_formula
 from ..operator import absent, operator, present
-from .cost import cost
+from .chunked import flops_of_call
 
 
 @operator("window_attention_triton")
@@ -78,18 +78,10 @@ def _differentiate(ctx, grad, _):
 forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _flops(
-    q, k, v, prefix_k, prefix_v, cache_k, cache_v, count, cu_seqlens, window, scale, *, out_shape, backward=False
-):
-    prefix = 0 if prefix_k is None else prefix_k[0]
-    cached = 0 if cache_k is None else cache_k[1]
-    return cost(q, k, window=window, prefix=prefix, cached=cached, backward=backward).flops
-
-
-flop_formula(torch.ops.palimpsest.window_attention_triton, _flops)
+flop_formula(torch.ops.palimpsest.window_attention_triton, flops_of_call)
 flop_formula(
     torch.ops.palimpsest.window_attention_triton_backward,
-    lambda grad, o, log_sum, *args, **kw: _flops(*args, **kw, backward=True),
+    lambda grad, o, log_sum, *args, **kw: flops_of_call(*args, **kw, backward=True),
 )
 
 
