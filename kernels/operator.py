@@ -31,7 +31,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         """Call the operator: by the dispatcher wherever someone may be looking (a compiler, a counter, a tensor
         subclass), else the body itself, under an autograd.Function with the same backward."""
-        if not _plain(args):
+        if not plain(args):
             return self.overload(*args)
         if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in _flat(args)):
             return self.body(*args)
@@ -66,7 +66,7 @@ def _flat(args: tuple[Any, ...]) -> Iterator[Any]:
             yield x
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
+def plain(args: tuple[Any, ...]) -> bool:
     """Whether nothing but eager autograd can see a call: no compiler, mode, subclass or meta tensor."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False

@@ -2,7 +2,8 @@
 
 Time is O(T * (window + prefix)) and memory O(T); without a window, O(T^2) and O(T). Packed documents are taken one by
 one. On a CPU the block kernel is ATen's flash attention, elsewhere the products themselves; the backward goes on from
-the log-sum-exp. What :mod:`.flash` can express on a GPU runs there instead.
+the log-sum-exp. What :mod:`.flash` can express on a GPU runs there instead, and training on a CPU with few keys in
+:mod:`.kept`.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..check import compute_dtype
 from ..op import flop_formula
 from ..operator import absent, operator, present
-from . import flash
+from . import flash, kept
 from .blocks import Piece, block_backward, block_forward, blocks, heads_first, pieces
 from .cost import cost
 
@@ -218,11 +219,14 @@ def window_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """The registered operator on the tensors of ``prefix`` and ``state``, or what :mod:`.flash` has for the call."""
+    """The registered operator on the tensors of ``prefix`` and ``state``, or what :mod:`.flash` or :mod:`.kept` have
+    for the call."""
     if prefix is None and state is None:
         run = flash.choose(q.device, q.dtype, q.shape[3], everything=window is None and cu_seqlens is None)
         if run is not None:
             return run(q, k, v, cu_seqlens, window, scale)
+        if cu_seqlens is None and kept.fits(q, k, v, window):
+            return kept.window_attention(q, k, v, window, scale)
     past = (None, None, None) if state is None else (state["k"], state["v"], state["count"])
     o, _ = forward(q, k, v, *(prefix or (None, None)), *past, cu_seqlens, window, scale)
     return o

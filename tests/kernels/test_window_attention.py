@@ -18,7 +18,7 @@ from palimpsest.kernels import window_attention
 from palimpsest.kernels.launch import Config, forced
 from palimpsest.kernels.window_attention import backward as by_keys
 from palimpsest.kernels.window_attention import blocks as block_module
-from palimpsest.kernels.window_attention import chunked, flash, fused
+from palimpsest.kernels.window_attention import chunked, flash, fused, kept
 from palimpsest.kernels.window_attention import forward as by_queries
 from palimpsest.kernels.window_attention.blocks import blocks
 from palimpsest.kernels.window_attention.cost import cost, pairs
@@ -45,13 +45,42 @@ def gradients(backend: str, tensors: list[Tensor], **options: object) -> list[Te
 
 @pytest.mark.parametrize("window", [None, 5, 64, 70])
 @pytest.mark.parametrize("length", [65, 131])
-def test_blocks_of_queries(window: int | None, length: int) -> None:
+def test_blocks_of_queries(window: int | None, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are at least 64 queries: lengths at and past their borders, with and without a prefix."""
     source = Draw(9, torch.float64)
-    for prefix in (None, (source.normal(3, 1, 8), source.normal(3, 1, 8))):
-        tensors = draw(2, length, 2, 1)
+    for prefix, shared in ((None, 2), (None, 1), ((source.normal(3, 1, 8), source.normal(3, 1, 8)), 1)):
+        monkeypatch.setattr(kept, "WIDEST", 0)
+        tensors = draw(2, length, 2, shared)
         found = gradients("torch", tensors, window=window, prefix=prefix)
         assert_close(found, gradients("reference", tensors, window=window, prefix=prefix), EXACT, f"{window} {length}")
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 63, 64, 65, 130, 200])
+@pytest.mark.parametrize("length", [1, 64, 65, 150])
+def test_kept_probabilities(window: int | None, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of short calls in training: windows inside of, at and across its blocks of 64 queries."""
+    ran = []
+    run = kept.window_attention
+    monkeypatch.setattr(kept, "window_attention", lambda *args: ran.append(args) or run(*args))
+    tensors = draw(2, length)
+    found = gradients("torch", tensors, window=window, scale=0.7)
+    assert ran, "the path must run"
+    assert_close(found, gradients("reference", tensors, window=window, scale=0.7), EXACT, f"{window} {length}")
+
+
+def test_probabilities_are_kept_where_few_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def path(length: int, heads: int = 2, grad: bool = True, dtype: torch.dtype = torch.float32, **options) -> bool:
+        q, k, v = (x.to(dtype).requires_grad_(grad) for x in draw(1, length, heads))
+        o, _ = window_attention(q, k, v, **options)
+        return "Kept" in str(o.grad_fn)
+
+    assert path(512) and path(1000, window=kept.WIDEST - kept.SIZE)
+    assert not path(513) and not path(1000, window=kept.WIDEST - kept.SIZE + 1), "memory would not be linear"
+    assert not path(64, heads=4) and not path(64, grad=False) and not path(64, dtype=torch.bfloat16)
+    prefix = draw(1, 3)[1][0].float()
+    assert not path(64, prefix=(prefix, prefix)) and not path(64, cu_seqlens=torch.tensor([0, 64], dtype=torch.int32))
+    monkeypatch.setattr(kept, "WIDEST", 63)
+    assert not path(64)
 
 
 @pytest.mark.parametrize("window", [None, 5, 64])
