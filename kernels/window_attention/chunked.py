@@ -225,8 +225,8 @@ def window_attention(
         run = flash.choose(q.device, q.dtype, q.shape[3], everything=window is None and cu_seqlens is None)
         if run is not None:
             return run(q, k, v, cu_seqlens, window, scale)
-        if cu_seqlens is None and kept.fits(q, k, v, window):
-            return kept.window_attention(q, k, v, window, scale)
+    if state is None and cu_seqlens is None and kept.fits(q, k, v, prefix, window):
+        return kept.window_attention(q, k, v, prefix, window, scale)
     past = (None, None, None) if state is None else (state["k"], state["v"], state["count"])
     o, _ = forward(q, k, v, *(prefix or (None, None)), *past, cu_seqlens, window, scale)
     return o

@@ -62,10 +62,12 @@ def test_kept_probabilities(window: int | None, length: int, monkeypatch: pytest
     ran = []
     run = kept.window_attention
     monkeypatch.setattr(kept, "window_attention", lambda *args: ran.append(args) or run(*args))
-    tensors = draw(2, length)
-    found = gradients("torch", tensors, window=window, scale=0.7)
-    assert ran, "the path must run"
-    assert_close(found, gradients("reference", tensors, window=window, scale=0.7), EXACT, f"{window} {length}")
+    source = Draw(9, torch.float64)
+    for prefix in (None, (source.normal(3, 2, 8), source.normal(3, 2, 8))):
+        tensors, options = draw(2, length), {"window": window, "prefix": prefix, "scale": 0.7}
+        found = gradients("torch", tensors, **options)
+        assert ran, "the path must run"
+        assert_close(found, gradients("reference", tensors, **options), EXACT, f"{window} {length}")
 
 
 def test_probabilities_are_kept_where_few_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +80,8 @@ def test_probabilities_are_kept_where_few_are_seen(monkeypatch: pytest.MonkeyPat
     assert not path(513) and not path(1000, window=kept.WIDEST - kept.SIZE + 1), "memory would not be linear"
     assert not path(64, heads=4) and not path(64, grad=False) and not path(64, dtype=torch.bfloat16)
     prefix = draw(1, 3)[1][0].float()
-    assert not path(64, prefix=(prefix, prefix)) and not path(64, cu_seqlens=torch.tensor([0, 64], dtype=torch.int32))
+    assert path(509, prefix=(prefix, prefix)) and not path(510, prefix=(prefix, prefix))
+    assert not path(64, cu_seqlens=torch.tensor([0, 64], dtype=torch.int32))
     monkeypatch.setattr(kept, "WIDEST", 63)
     assert not path(64)
 
