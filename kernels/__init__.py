@@ -2,16 +2,23 @@
 
 from .cross_entropy import linear_cross_entropy
 from .delta_rule import delta_rule
+from .grouped_linear import grouped_linear
 from .linear_attention import linear_attention
 from .neural_memory import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
 from .newton_schulz import newton_schulz
 from .norm import l2_norm, rms_norm
+from .routing import Routing, balance_loss, combine, dispatch, route, router_z_loss
 from .short_conv import short_conv
 from .window_attention import window_attention
 
 __all__ = [
     "MemorySpec",
+    "Routing",
+    "balance_loss",
+    "combine",
     "delta_rule",
+    "dispatch",
+    "grouped_linear",
     "l2_norm",
     "linear_attention",
     "linear_cross_entropy",
@@ -20,6 +27,8 @@ __all__ = [
     "neural_memory_state",
     "newton_schulz",
     "rms_norm",
+    "route",
+    "router_z_loss",
     "short_conv",
     "window_attention",
 ]

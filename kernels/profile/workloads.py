@@ -2,7 +2,8 @@
 
 A workload draws its arguments, calls the operation's public function with a backend, and knows the cost of forward and
 backward. Sizes are named by letters: B rows, T tokens, H heads, D width of a head, G heads of keys and values, C
-channels, K width of a convolution, V vocabulary, W window, P prefix, M rows of a matrix (of which T are independent).
+channels, K width of a convolution, V vocabulary, W window, P prefix, M rows of a matrix (of which T are independent),
+E memories to route to, S of which a token goes to, and to a shared one.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +18,17 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .. import (
     MemorySpec,
+    combine,
     delta_rule,
+    dispatch,
+    grouped_linear,
     l2_norm,
     linear_attention,
     linear_cross_entropy,
     neural_memory,
     newton_schulz,
     rms_norm,
+    route,
     short_conv,
     window_attention,
 )
@@ -204,6 +209,47 @@ def _shaped_cost(
     return of(), of(backward=True)
 
 
+def _routed(draw: Draw, sizes: Sizes, operation: str) -> dict[str, Any]:
+    b, t, memories, top_k, c = (sizes[name] for name in "BTESC")
+    more = {
+        "route": {},
+        "dispatch": {"x": draw.normal(b, t, c)},
+        "combine": {"x": draw.normal(1, b * t * (top_k + 1), c)},
+        "grouped_linear": {"x": draw.normal(b, t, c), "weight": draw.normal(memories + 1, c, c, scale=c**-0.5)},
+    }
+    return {"logits": draw.normal(b, t, memories), "top_k": top_k, **more[operation]}
+
+
+def _route_and(
+    logits: Tensor, top_k: int, x: Tensor | None = None, weight: Tensor | None = None, *, backend: str | None,
+    operation: str,
+) -> Tensor:  # fmt: skip
+    """An operation of routed tokens after the routing itself, of which the weights are the output."""
+    routing = route(logits, top_k, shared=True, backend=backend)
+    if x is None:
+        return routing.weight
+    if weight is not None:
+        return grouped_linear(x, weight, routing, backend)
+    return (combine if operation == "combine" else dispatch)(x, routing, backend)
+
+
+def _routed_cost(sizes: Sizes, itemsize: int, operation: str) -> tuple[Cost, Cost]:
+    """Costs of an operation and of its routing, whose gradient some operations have no use for."""
+    b, t, memories, top_k, c = (sizes[name] for name in "BTESC")
+    slots, choices = b * t * (top_k + 1), top_k + 1
+    shapes: dict[str, tuple[Any, ...]] = {
+        "dispatch": ((b, t, c), choices),
+        "combine": ((1, slots, c), (b, t, choices)),
+        "grouped_linear": ((b, t, c), (memories + 1, c, c), choices),
+    }
+    own = partial(OPERATIONS["route"].cost, (b, t, memories), top_k, itemsize=itemsize)
+    forward, backward = own(), own(backward=True) if operation in ("route", "combine") else Cost(0, 0)
+    if operation in shapes:
+        of = partial(OPERATIONS[operation].cost, *shapes[operation], itemsize=itemsize)
+        forward, backward = forward + of(), backward + of(backward=True)
+    return forward, backward
+
+
 HEADS: Sizes = {"B": 8, "T": 4096, "H": 16, "D": 64}
 FEW: Sizes = {"B": 1, "T": 512, "H": 4, "D": 64}
 TINY: Sizes = {"B": 2, "T": 147, "H": 2, "D": 64}
@@ -263,8 +309,21 @@ def _made() -> list[Workload]:
     )
     channels = {"B": 8, "T": 4096, "C": 1024, "K": 4}
     width = {"B": 8, "T": 4096, "D": 1024}
+    routed = [
+        Workload(
+            f"{operation}/e4_top2_shared",
+            partial(_route_and, operation=operation),
+            partial(_routed, operation=operation),
+            partial(_routed_cost, operation=operation),
+            {"B": 8, "T": 4096, "E": 4, "S": 2, "C": 1024},
+            {"B": 1, "T": 512, "E": 4, "S": 2, "C": 256},
+            {"B": 2, "T": 37, "E": 4, "S": 2, "C": 64},
+        )
+        for operation in ("route", "dispatch", "combine", "grouped_linear")
+    ]
     return [
         *_memories(),
+        *routed,
         *linear,
         window,
         causal,
