@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import check
 from ..op import register
-from ..routing import Routing
+from ..routing import Routing, check_routing
 from . import operator, reference
 from .cost import cost
 
@@ -15,6 +15,7 @@ OPERATION = register(
     cost=cost,
     reference=reference.grouped_linear,
     torch=operator.grouped_linear,
+    triton=operator.grouped_linear_triton,
 )
 
 
@@ -38,7 +39,7 @@ def grouped_linear(x: Tensor, weight: Tensor, routing: Routing, backend: str | N
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
     """
-    check.require(isinstance(routing, Routing), "routing", type(routing).__name__, "be a Routing, as route returns")
+    check_routing(routing)
     batch, length, _ = routing.slot.shape
     check.shape("x", x, (batch, length, None), "[B, T, in], as routed")
     check.dtype("x", x, check.FLOATS)

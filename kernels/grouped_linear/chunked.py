@@ -11,6 +11,11 @@ from ..packing import document_of
 from ..routing.chunked import gather
 
 
+def reads_borders(x: Tensor) -> bool:
+    """Whether the borders of sequences may be read: where that does not stall a stream."""
+    return x.device.type == "cpu"
+
+
 def sequences(cu_seqlens: Tensor, memories: int) -> Iterator[tuple[int, slice]]:
     """Memory and slots of every sequence that is not empty; reads the borders."""
     for n, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):
@@ -28,7 +33,7 @@ def masks(cu_seqlens: Tensor, slots: int, memories: int) -> Iterator[tuple[int, 
 def multiply(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [S, in], in the order of slots, times the matrices [M', in, out] of their memories: [S, out]."""
     y = x.new_empty(x.shape[0], weight.shape[2])
-    if x.device.type == "cpu":
+    if reads_borders(x):
         for m, part in sequences(cu_seqlens, weight.shape[0]):
             torch.mm(x[part], weight[m], out=y[part])
         return y
@@ -51,7 +56,7 @@ def backward(
     slots = x.flatten(0, 1).index_select(0, token).to(kind)
     g = g.to(kind)
     d_weight = weight.new_zeros(weight.shape, dtype=kind)
-    if x.device.type == "cpu":
+    if reads_borders(x):
         for m, part in sequences(cu_seqlens, weight.shape[0]):
             d_weight[m].addmm_(slots[part].T, g[part])
     else:

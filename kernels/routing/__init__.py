@@ -12,14 +12,19 @@ from .cost import combine_cost, dispatch_cost, route_cost
 
 __all__ = ["Routing", "balance_loss", "combine", "dispatch", "route", "router_z_loss"]
 
-ROUTE = register("route", cost=route_cost, reference=reference.route, torch=operator.route)
+ROUTE = register(
+    "route", cost=route_cost, reference=reference.route, torch=operator.route, triton=operator.route_triton
+)
 DISPATCH = register(
     "dispatch",
     cost=dispatch_cost,
     reference=reference.dispatch,
     torch=operator.dispatch,
+    triton=operator.dispatch_triton,
 )
-COMBINE = register("combine", cost=combine_cost, reference=reference.combine, torch=operator.combine)
+COMBINE = register(
+    "combine", cost=combine_cost, reference=reference.combine, torch=operator.combine, triton=operator.combine_triton
+)
 
 MOST = 256  # memories: a token's logits lie in the registers of one program
 
@@ -102,6 +107,7 @@ def dispatch(x: Tensor, routing: Routing, backend: str | None = None) -> Tensor:
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
     """
+    check_routing(routing)
     batch, length, _ = routing.slot.shape
     _check_tokens("x", x, (batch, length), "[B, T, ...]", routing)
     implementation = DISPATCH.choose(x.device, backend, check.no_float64("x", x))
@@ -122,6 +128,7 @@ def combine(y: Tensor, routing: Routing, backend: str | None = None) -> Tensor:
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
     """
+    check_routing(routing)
     _check_tokens("y", y, (1, routing.token.shape[0]), "[1, S, ...]", routing)
     implementation = COMBINE.choose(y.device, backend, check.no_float64("y", y))
     out = implementation(_flat(y), routing.weight, routing.slot)
@@ -156,13 +163,17 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits.to(check.compute_dtype(logits)), -1).square().mean()
 
 
+def check_routing(routing: Routing) -> None:
+    """Check that an argument is a routing."""
+    check.require(isinstance(routing, Routing), "routing", type(routing).__name__, "be a Routing, as route returns")
+
+
 def _flat(x: Tensor) -> Tensor:
     """All dimensions after the tokens as one."""
     return x.reshape(*x.shape[:2], x.shape[2:].numel())
 
 
 def _check_tokens(name: str, x: Tensor, sizes: tuple[int, int], layout: str, routing: Routing) -> None:
-    check.require(isinstance(routing, Routing), "routing", type(routing).__name__, "be a Routing, as route returns")
     check.require(isinstance(x, Tensor), name, type(x).__name__, f"be a tensor {layout}")
     fits = x.dim() >= 2 and tuple(x.shape[:2]) == sizes and x.numel() > 0
     check.require(fits, f"{name}.shape", tuple(x.shape), f"be {layout} = [{sizes[0]}, {sizes[1]}, ...], as routed")

@@ -28,16 +28,16 @@ FEW = ("C", "K", "PACKED", "DTYPE")  # constants of the kernels that only read g
 
 @triton.jit(do_not_specialize=["length", "documents", "steps"])
 def short_conv_backward(
-    grad, x, weight, bias, state, borders, slope, parts, length, documents, steps,
+    grad, x, index, weight, bias, state, borders, slope, parts, length, documents, steps,
     C: tl.constexpr, K: tl.constexpr, X_STRIDE: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (span of tokens, block of channels, row): g, and its part of dw (rows 0 .. K - 1) and db (row K)."""
     row = tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < C
-    index = tl.arange(0, ROWS)
+    line = tl.arange(0, ROWS)
     part = tl.zeros([ROWS, BLOCK_C], tl.float32)
     begin = tl.program_id(0) * SPAN
     for start in range(begin, tl.minimum(begin + SPAN, length), BLOCK_T):
@@ -49,40 +49,52 @@ def short_conv_backward(
         entry = token[:, None].to(tl.int64) * C + channel[None, :]
         g = tl.load(grad + entry, mask=mask, other=0.0).to(tl.float32)
         if SILU:
-            z = sums(x, weight, bias, state, token, first, document, live, channel, known, C, K, X_STRIDE, BIAS, STATE)
+            z = sums(
+                x, index, weight, bias, state, token, first, document, live, channel, known,
+                C, K, X_STRIDE, BIAS, STATE, INDEX,
+            )  # fmt: skip
             g *= silu_slope(z)
             tl.store(slope + entry, g.to(slope.dtype.element_ty), mask=mask)
         for j in tl.static_range(K):
-            value = inputs(x, state, token, first, document, live, channel, known, K - 1 - j, C, K, X_STRIDE, STATE)
-            part += tl.where(index[:, None] == j, tl.sum(g * value, 0)[None, :], 0.0)
+            value = inputs(
+                x, index, state, token, first, document, live, channel, known, K - 1 - j, C, K, X_STRIDE, STATE, INDEX
+            )  # fmt: skip
+            part += tl.where(line[:, None] == j, tl.sum(g * value, 0)[None, :], 0.0)
         if BIAS:
-            part += tl.where(index[:, None] == K, tl.sum(g, 0)[None, :], 0.0)
+            part += tl.where(line[:, None] == K, tl.sum(g, 0)[None, :], 0.0)
     program = row * tl.num_programs(0) + tl.program_id(0)
-    entry = (program * (K + 1) + index[:, None]).to(tl.int64) * C + channel[None, :]
-    tl.store(parts + entry, part, mask=(index[:, None] <= K) & known[None, :])
+    entry = (program * (K + 1) + line[:, None]).to(tl.int64) * C + channel[None, :]
+    tl.store(parts + entry, part, mask=(line[:, None] <= K) & known[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "documents", "steps"])
+@triton.jit(do_not_specialize=["tokens", "length", "documents", "steps"])
 def short_conv_backward_input(
-    slope, weight, borders, d_x, length, documents, steps,
-    C: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    slope, inverse, weight, borders, d_x, tokens, length, documents, steps,
+    C: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr, INDEX: tl.constexpr, CHOICES: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, block of channels, row): dx from the later tokens of the same sequence."""
+    """Program (block of tokens, block of channels, row): dx from the later tokens of the same sequence.
+
+    With an index it is the sum over the token's slots of that from the later slots of the same sequence.
+    """
     row = tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < C
     time = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = row * length + time
-    _, stop, _ = place(row, token, borders, length, documents, steps, PACKED)
+    live = time < tokens
+    token = row * tokens + time
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for i in tl.static_range(K):
-        mask = (token + i < stop)[:, None] & known[None, :]
-        g = tl.load(slope + (token + i)[:, None].to(tl.int64) * C + channel[None, :], mask=mask, other=0.0)
-        tap = tl.load(weight + channel * K + (K - 1 - i), mask=known, other=0.0).to(tl.float32)
-        total += tap[None, :] * g.to(tl.float32)
+    for k in tl.static_range(CHOICES):
+        choice = token.to(tl.int64) * CHOICES + k
+        slot = tl.load(inverse + choice, mask=live, other=0).to(tl.int32) if INDEX else token
+        _, stop, _ = place(row, slot, borders, length, documents, steps, PACKED)
+        for i in tl.static_range(K):
+            mask = (live & (slot + i < stop))[:, None] & known[None, :]
+            g = tl.load(slope + (slot + i)[:, None].to(tl.int64) * C + channel[None, :], mask=mask, other=0.0)
+            tap = tl.load(weight + channel * K + (K - 1 - i), mask=known, other=0.0).to(tl.float32)
+            total += tap[None, :] * g.to(tl.float32)
     entry = token[:, None].to(tl.int64) * C + channel[None, :]
-    tl.store(d_x + entry, total.to(d_x.dtype.element_ty), mask=(time < length)[:, None] & known[None, :])
+    tl.store(d_x + entry, total.to(d_x.dtype.element_ty), mask=live[:, None] & known[None, :])
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -116,7 +128,6 @@ def configs(constants: Mapping[str, Any]) -> list[Config]:
     return [
         Config((("BLOCK_T", 16), ("BLOCK_C", 64)), num_warps=4, num_stages=1),
         Config((("BLOCK_T", 32), ("BLOCK_C", 64)), num_warps=4, num_stages=1),
-        Config((("BLOCK_T", 16), ("BLOCK_C", 128)), num_warps=4, num_stages=1),
     ]
 
 
@@ -127,12 +138,12 @@ def state_configs(constants: Mapping[str, Any]) -> list[Config]:
 
 def canary(constants: Mapping[str, Any]) -> Pairs:
     """Every gradient against the plain path's; what a kernel's constants leave open is drawn with everything on."""
-    arguments = problem({"X_STRIDE": constants["C"], "SILU": True, "BIAS": True, "STATE": True, **constants})
+    free = {"X_STRIDE": constants["C"], "SILU": True, "BIAS": True, "STATE": True}
+    arguments = problem({**free, **constants})
     source = torch.Generator(arguments["x"].device).manual_seed(1)
-    shape = arguments["x"].shape
-    grad = torch.randn(shape, generator=source, device=arguments["x"].device).to(arguments["x"].dtype)
     exact = wide(arguments)
-    z = chunked.forward.body(*exact.values())[1]
+    y, z = chunked.forward.body(*exact.values())
+    grad = torch.randn(y.shape, generator=source, device=y.device).to(arguments["x"].dtype)
     found, wanted = backward(grad, **arguments), chunked.backward.body(grad.float(), z, *exact.values())
     return [pair for pair in zip(found, wanted, strict=True) if pair[1].numel()]
 
@@ -150,17 +161,19 @@ def backward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
+    index: Tensor | None,
+    inverse: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and state; empty for those that were None."""
-    batch, length, channels = x.shape
-    width = weight.shape[1]
-    arguments, constants = call(x, weight, bias, state, cu_seqlens, silu)
+    batch, tokens, channels = x.shape
+    width, rows = weight.shape[1], grad.shape[0]
+    arguments, constants = call(x, weight, bias, state, cu_seqlens, silu, index)
     grad = grad.contiguous()
     slope = torch.empty_like(grad) if silu else grad
-    spans = triton.cdiv(length, constants["SPAN"])
-    parts = x.new_empty(batch * spans, width + 1, channels, dtype=torch.float32)
+    spans = triton.cdiv(arguments["length"], constants["SPAN"])
+    parts = x.new_empty(rows * spans, width + 1, channels, dtype=torch.float32)
     BACKWARD(
-        lambda it: (spans, triton.cdiv(channels, it["BLOCK_C"]), batch),
+        lambda it: (spans, triton.cdiv(channels, it["BLOCK_C"]), rows),
         {**arguments, "grad": grad, "slope": slope, "parts": parts},
         {**constants, "ROWS": triton.next_power_of_2(width + 1)},
     )
@@ -168,9 +181,16 @@ def backward(
     few = {name: constants[name] for name in FEW}
     d_x = x.new_empty(x.shape)
     BACKWARD_INPUT(
-        lambda it: (triton.cdiv(length, it["BLOCK_T"]), triton.cdiv(channels, it["BLOCK_C"]), batch),
-        {**known, "d_x": d_x, "documents": arguments["documents"], "steps": arguments["steps"]},
-        few,
+        lambda it: (triton.cdiv(tokens, it["BLOCK_T"]), triton.cdiv(channels, it["BLOCK_C"]), batch),
+        {
+            **known,
+            "inverse": inverse,
+            "d_x": d_x,
+            "tokens": tokens,
+            "documents": arguments["documents"],
+            "steps": arguments["steps"],
+        },
+        {**few, "INDEX": inverse is not None, "CHOICES": 1 if inverse is None else inverse.shape[2]},
     )
     d_state = x.new_empty(0)
     if state is not None:

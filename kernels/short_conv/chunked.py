@@ -8,6 +8,7 @@ from ..check import compute_dtype
 from ..op import flop_formula
 from ..operator import absent, operator, present
 from ..packing import document_of
+from ..routing.chunked import gather
 from .cost import cost
 
 
@@ -37,6 +38,11 @@ def spread(x: Tensor, width: int, state: Tensor | None, cu_seqlens: Tensor | Non
     return row
 
 
+def in_slots(x: Tensor, index: Tensor | None) -> Tensor:
+    """The tokens that an index names, [1, S, C]; x itself without one."""
+    return x if index is None else x.flatten(0, 1).index_select(0, index)[None]
+
+
 def convolve(row: Tensor, weight: Tensor) -> Tensor:
     """Valid causal sums of row [B, K - 1 + L, C] with weight [C, K]: [B, L, C]."""
     length = row.shape[1] - weight.shape[1] + 1
@@ -48,9 +54,17 @@ def convolve(row: Tensor, weight: Tensor) -> Tensor:
 
 @operator("short_conv")
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    index: Tensor | None,
+    inverse: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output [B, T, C] and, with an activation, what entered it (else empty)."""
+    """The output [B, T, C], [1, S, C] with an index, and, with an activation, what entered it (else empty)."""
+    x = in_slots(x, index)
     width = weight.shape[1]
     kind = compute_dtype(x)
     z = convolve(spread(x, width, state, cu_seqlens).to(kind), weight.to(kind))
@@ -65,8 +79,9 @@ def forward(
 
 
 @forward.register_fake
-def _(x, weight, bias, state, cu_seqlens, silu):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape) if silu else absent(x)
+def _(x, weight, bias, state, cu_seqlens, silu, index, inverse):
+    shape = x.shape if index is None else (1, index.shape[0], x.shape[2])
+    return x.new_empty(shape), x.new_empty(shape) if silu else absent(x)
 
 
 @operator("short_conv_backward")
@@ -79,8 +94,11 @@ def backward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
+    index: Tensor | None,
+    inverse: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and state; empty for those that were None."""
+    x = in_slots(x, index)
     width, kind = weight.shape[1], compute_dtype(x)
     if silu:
         grad = torch.ops.aten.silu_backward(grad.to(kind), z.to(kind))
@@ -99,6 +117,8 @@ def backward(
         d_state, d_x = d_row[:, : width - 1], d_row[:, width - 1 :]
     else:
         d_state, d_x = d_row[0, past], d_row[:, tokens]
+    if inverse is not None:
+        d_x = gather(d_x, None, inverse)
     return [
         d_x.to(x.dtype).contiguous(),
         d_weight.to(weight.dtype),
@@ -108,30 +128,43 @@ def backward(
 
 
 @backward.register_fake
-def _(grad, z, x, weight, bias, state, cu_seqlens, silu):
+def _(grad, z, x, weight, bias, state, cu_seqlens, silu, index, inverse):
     return [absent(x) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, state)]
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(output[1], *tensors)
+    *tensors, ctx.silu, index, inverse = inputs
+    ctx.save_for_backward(output[1], *tensors, index, inverse)
 
 
 def _differentiate(ctx, grad, _):
-    z, *tensors = ctx.saved_tensors
-    return *present(backward(grad, z, *tensors, ctx.silu), tensors[:4]), None, None
+    z, *tensors, index, inverse = ctx.saved_tensors
+    gradients = backward(grad, z, *tensors, ctx.silu, index, inverse)
+    return *present(gradients, tensors[:4]), None, None, None, None
 
 
 forward.register_autograd(_differentiate, setup_context=_keep)
-flop_formula(torch.ops.palimpsest.short_conv, lambda x, weight, *_, out_shape: cost(x, weight).flops)
-flop_formula(
-    torch.ops.palimpsest.short_conv_backward,
-    lambda grad, z, x, weight, *_, out_shape: cost(x, weight, backward=True).flops,
-)
+
+
+def flops(x, weight, bias, state, cu_seqlens, silu, index, inverse, *, out_shape, backward=False) -> int:
+    """From the arguments' shapes: every slot is a token where there is an index."""
+    shape = x if index is None else (1, *index, x[2])
+    return cost(shape, weight, backward=backward).flops
+
+
+flop_formula(torch.ops.palimpsest.short_conv, flops)
+flop_formula(torch.ops.palimpsest.short_conv_backward, lambda grad, z, *args, **kw: flops(*args, **kw, backward=True))
 
 
 def short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    index: Tensor | None,
+    inverse: Tensor | None,
 ) -> Tensor:
     """The registered operator."""
-    return forward(x, weight, bias, state, cu_seqlens, silu)[0]
+    return forward(x, weight, bias, state, cu_seqlens, silu, index, inverse)[0]

@@ -30,14 +30,15 @@ def place(row, token, borders, length, documents, steps, PACKED: tl.constexpr):
 
 @triton.jit
 def inputs(
-    x, state, token, first, document, live, channel, known, BACK: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, X_STRIDE: tl.constexpr, STATE: tl.constexpr,
+    x, index, state, token, first, document, live, channel, known, BACK: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, X_STRIDE: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Inputs BACK tokens before each ``live`` token: of its own sequence, else of the state, else zero."""
     position = token - BACK
-    inside = position >= first
-    mask = (live & inside)[:, None] & known[None, :]
-    value = tl.load(x + position[:, None].to(tl.int64) * X_STRIDE + channel[None, :], mask=mask, other=0.0)
+    inside = live & (position >= first)
+    mask = inside[:, None] & known[None, :]
+    entry = tl.load(index + position, mask=inside, other=0) if INDEX else position.to(tl.int64)
+    value = tl.load(x + entry[:, None] * X_STRIDE + channel[None, :], mask=mask, other=0.0)
     value = value.to(tl.float32)
     if STATE and BACK > 0:
         slot = document * (K - 1) + position - first + K - 1
@@ -48,8 +49,9 @@ def inputs(
 
 @triton.jit
 def sums(
-    x, weight, bias, state, token, first, document, live, channel, known,
+    x, index, weight, bias, state, token, first, document, live, channel, known,
     C: tl.constexpr, K: tl.constexpr, X_STRIDE: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """What enters the activation at each token and channel."""
     total = tl.zeros([token.shape[0], channel.shape[0]], tl.float32)
@@ -57,16 +59,18 @@ def sums(
         total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     for j in tl.static_range(K):
         tap = tl.load(weight + channel * K + j, mask=known, other=0.0).to(tl.float32)
-        value = inputs(x, state, token, first, document, live, channel, known, K - 1 - j, C, K, X_STRIDE, STATE)
+        value = inputs(
+            x, index, state, token, first, document, live, channel, known, K - 1 - j, C, K, X_STRIDE, STATE, INDEX
+        )  # fmt: skip
         total += tap[None, :] * value
     return total
 
 
 @triton.jit(do_not_specialize=["length", "documents", "steps"])
 def short_conv_forward(
-    x, weight, bias, state, borders, y, length, documents, steps,
+    x, index, weight, bias, state, borders, y, length, documents, steps,
     C: tl.constexpr, K: tl.constexpr, X_STRIDE: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (span of tokens, block of channels, row)."""
@@ -80,7 +84,8 @@ def short_conv_forward(
         token = row * length + time
         first, _, document = place(row, token, borders, length, documents, steps, PACKED)
         z = sums(
-            x, weight, bias, state, token, first, document, live, channel, known, C, K, X_STRIDE, BIAS, STATE
+            x, index, weight, bias, state, token, first, document, live, channel, known,
+            C, K, X_STRIDE, BIAS, STATE, INDEX,
         )  # fmt: skip
         if SILU:
             z = z * sigmoid(z)
@@ -94,7 +99,6 @@ def configs(constants: Mapping[str, Any]) -> list[Config]:
     return [
         Config((("BLOCK_T", 32), ("BLOCK_C", wide)), num_warps=4, num_stages=1),
         Config((("BLOCK_T", 16), ("BLOCK_C", wide)), num_warps=4, num_stages=1),
-        Config((("BLOCK_T", 64), ("BLOCK_C", 64)), num_warps=4, num_stages=1),
     ]
 
 
@@ -103,12 +107,15 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = torch.Generator(device).manual_seed(0)
     kind, width = getattr(torch, constants["DTYPE"]), constants["K"]
+    choices = constants.get("CHOICES", 2) if constants.get("INDEX") else 0
     batch, length, channels = 1 if constants["PACKED"] else 2, 2 * SPAN + 17, constants["C"]
+    slots = length * max(1, choices)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=source, device=device).to(kind)
 
-    borders = torch.tensor([0, 0, 1, SPAN - 2, SPAN + 40, length], dtype=torch.int32, device=device)
+    borders = torch.tensor([0, 0, 1, SPAN - 2, SPAN + 40, slots], dtype=torch.int32, device=device)
+    order = torch.randperm(slots, generator=source, device=device) if choices else None
     return {
         "x": draw(batch, length, constants["X_STRIDE"])[..., :channels],
         "weight": draw(channels, width),
@@ -116,6 +123,8 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
         "state": draw(5 if constants["PACKED"] else batch, width - 1, channels) if constants["STATE"] else None,
         "cu_seqlens": borders if constants["PACKED"] else None,
         "silu": constants["SILU"],
+        "index": None if order is None else order.argsort() // choices,
+        "inverse": None if order is None else order.view(1, length, choices),
     }
 
 
@@ -127,14 +136,22 @@ def wide(arguments: dict[str, Any]) -> dict[str, Any]:
 def canary(constants: Mapping[str, Any]) -> Pairs:
     """The output against the plain path."""
     arguments = problem(constants)
-    return [(forward(**arguments), chunked.forward.body(*wide(arguments).values())[0])]
+    wanted = chunked.forward.body(*wide(arguments).values())[0]
+    del arguments["inverse"]
+    return [(forward(**arguments), wanted)]
 
 
 FORWARD = Kernel(short_conv_forward, configs, canary)
 
 
 def call(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    index: Tensor | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants that the kernels of forward and backward have in common."""
     batch, length, channels = x.shape
@@ -143,11 +160,12 @@ def call(
     documents = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     arguments = {
         "x": x,
+        "index": index,
         "weight": weight.contiguous(),
         "bias": bias,
         "state": None if state is None else state.to(x.dtype).contiguous(),
         "borders": cu_seqlens,
-        "length": length,
+        "length": length if index is None else index.shape[0],
         "documents": documents,
         "steps": (documents - 1).bit_length(),
     }
@@ -159,6 +177,7 @@ def call(
         "BIAS": bias is not None,
         "STATE": state is not None,
         "PACKED": cu_seqlens is not None,
+        "INDEX": index is not None,
         "DTYPE": str(x.dtype).removeprefix("torch."),
         "SPAN": SPAN,
     }
@@ -166,14 +185,20 @@ def call(
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    index: Tensor | None,
 ) -> Tensor:
-    """The output [B, T, C]."""
-    batch, length, channels = x.shape
-    arguments, constants = call(x, weight, bias, state, cu_seqlens, silu)
-    y = x.new_empty(x.shape)
+    """The output [B, T, C], [1, S, C] with an index."""
+    arguments, constants = call(x, weight, bias, state, cu_seqlens, silu, index)
+    length, channels = arguments["length"], x.shape[2]
+    y = x.new_empty(x.shape if index is None else (1, length, channels))
     FORWARD(
-        lambda it: (triton.cdiv(length, it["SPAN"]), triton.cdiv(channels, it["BLOCK_C"]), batch),
+        lambda it: (triton.cdiv(length, it["SPAN"]), triton.cdiv(channels, it["BLOCK_C"]), y.shape[0]),
         {**arguments, "y": y},
         constants,
     )

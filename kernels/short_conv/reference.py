@@ -8,10 +8,19 @@ from torch import Tensor
 
 
 def short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    index: Tensor | None,
+    inverse: Tensor | None,
 ) -> Tensor:
     """Every row, or every packed document, by itself, after its last K - 1 inputs (zeros at the start)."""
     width = weight.shape[1]
+    if index is not None:
+        x = x.flatten(0, 1)[index][None]
     if cu_seqlens is None:
         pieces = list(x)
     else:

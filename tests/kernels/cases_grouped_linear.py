@@ -39,7 +39,10 @@ def costs(arguments: dict[str, Any]) -> tuple[Cost, Cost]:
     return cost(*shapes) + route_cost(arguments["logits"].shape, TOP_K), cost(*shapes, backward=True)
 
 
-for name, shared, backends in (("plain", False, ("reference", "torch")), ("shared", True, ("reference", "torch"))):
+for name, shared, backends in (
+    ("plain", False, ("reference", "torch")),
+    ("shared", True, ("reference", "torch", "triton")),
+):
     register_case(
         OperationCase(
             name=f"grouped_linear/{name}",

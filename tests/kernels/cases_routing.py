@@ -62,43 +62,46 @@ def combine_costs(arguments: dict[str, Any]) -> tuple[Cost, Cost]:
     return forward + route_cost(logits, choices - 1), backward + route_cost(logits, choices - 1, backward=True)
 
 
-for name, backends in {"": ("reference", "torch")}.items():
-    for shared in (False, True):
-        register_case(
-            OperationCase(
-                name=f"route/{name}{'shared' if shared else 'plain'}",
-                operation="route",
-                call=partial(call_route, shared=shared),
-                make=make_logits,
-                tokens=("logits",),
-                packed=True,
-                block=4,
-                cost=route_costs,
-                backends=backends,
-            )
-        )
+EVERY = ("reference", "torch", "triton")
+
+for shared in (False, True):
     register_case(
         OperationCase(
-            name=f"dispatch/{name}k3",
-            operation="dispatch",
-            call=call_dispatch,
-            make=partial(make_tokens, width=6, choices=3),
-            tokens=("x", "logits"),
+            name=f"route/{'shared' if shared else 'plain'}",
+            operation="route",
+            call=partial(call_route, shared=shared),
+            make=make_logits,
+            tokens=("logits",),
             packed=True,
             block=4,
-            backends=backends,
+            cost=route_costs,
+            backends=EVERY if shared else EVERY[:2],
         )
     )
-    register_case(
-        OperationCase(
-            name=f"combine/{name}k3",
-            operation="combine",
-            call=call_combine,
-            make=partial(make_tokens, width=18, choices=3),
-            tokens=("x", "logits"),
-            packed=True,
-            block=4,
-            cost=combine_costs,
-            backends=backends,
-        )
+
+register_case(
+    OperationCase(
+        name="dispatch",
+        operation="dispatch",
+        call=call_dispatch,
+        make=partial(make_tokens, width=6, choices=3),
+        tokens=("x", "logits"),
+        packed=True,
+        block=4,
+        backends=EVERY,
     )
+)
+
+register_case(
+    OperationCase(
+        name="combine",
+        operation="combine",
+        call=call_combine,
+        make=partial(make_tokens, width=18, choices=3),
+        tokens=("x", "logits"),
+        packed=True,
+        block=4,
+        cost=combine_costs,
+        backends=EVERY,
+    )
+)

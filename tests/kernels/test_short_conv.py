@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from triton_checks import CLOSE, check_configurations
 
-from palimpsest.kernels import short_conv
+from palimpsest.kernels import route, short_conv
 from palimpsest.kernels.short_conv import forward as launching
 from palimpsest.kernels.short_conv.cost import cost
 
@@ -59,6 +59,27 @@ def test_short_documents_keep_what_they_have(backend: str) -> None:
     assert_same([after["x"]], [torch.stack(wanted)], "state")
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_an_index_reads_in_place(backend: str) -> None:
+    """Each memory's tokens as a document of their own, after its own state: output, state and every gradient."""
+    kind = torch.float32 if backend == "triton" else torch.float64
+    x, weight, bias = (t.to(DEVICE, kind) for t in draw())
+    old = Draw(1, kind).normal(8, 3, 6).to(DEVICE)
+    routing = route(Draw(2, kind).normal(2, 9, 4).to(DEVICE), 2, backend="torch")
+    given = {"activation": "silu", "cu_seqlens": routing.cu_seqlens, "return_state": True, "backend": backend}
+
+    def run(in_place: bool) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, old)]
+        where = {"index": routing.token, "inverse": routing.slot} if in_place else {}
+        tokens = leaves[0] if in_place else leaves[0].flatten(0, 1)[routing.token][None]
+        y, after = short_conv(tokens, *leaves[1:3], state={"x": leaves[3]}, **given, **where)
+        loss = (y * Draw(3, kind).normal(*y.shape).to(DEVICE)).sum() + after["x"].square().sum()
+        return [y.detach(), after["x"].detach(), *torch.autograd.grad(loss, leaves)]
+
+    assert routing.cu_seqlens.diff().min() < 3 <= routing.cu_seqlens.diff().max()
+    assert_close(run(True), run(False), EXACT if kind == torch.float64 else CLOSE, "read in place")
+
+
 def test_weights_keep_their_own_dtype() -> None:
     x, weight, bias = (t.float() for t in draw())
     weight.requires_grad_()
@@ -77,6 +98,20 @@ def test_every_configuration_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
         borders = torch.tensor([0, 20], dtype=torch.int32)
         options = {"activation": "silu", "state": state, "cu_seqlens": borders, "backend": "triton"}
         short_conv(x, weight, bias, **options)[0].sum().backward()
+
+    check_configurations(call)
+
+
+def test_every_configuration_is_right_with_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slots a token."""
+    monkeypatch.setattr(launching, "SPAN", 32)
+
+    def call() -> None:
+        x, weight, bias = (t.float().requires_grad_() for t in draw(1, 20, 6, 3))
+        slots = torch.arange(60)
+        where = {"index": slots // 3, "inverse": slots.view(1, 20, 3)}
+        borders = torch.tensor([0, 60], dtype=torch.int32)
+        short_conv(x, weight, bias, cu_seqlens=borders, **where, backend="triton")[0].sum().backward()
 
     check_configurations(call)
 
@@ -112,6 +147,13 @@ def test_float64_is_refused_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same([short_conv(x, weight)[0]], [short_conv(x, weight, backend="torch")[0]], "float64 runs plain torch")
 
 
+INDEXED = {
+    "index": torch.arange(18),
+    "inverse": torch.arange(18).view(2, 9, 1),
+    "cu_seqlens": torch.tensor([0, 18], dtype=torch.int32),
+}
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
@@ -132,6 +174,15 @@ def test_float64_is_refused_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
         ({"x": torch.zeros(1, 9, 6), "cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens.dtype"),
         ({"x": torch.zeros(1, 9, 6), "cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}, "cu_seqlens"),
         ({"x": torch.zeros(1, 9, 6), "cu_seqlens": torch.tensor([0, 5, 4, 9], dtype=torch.int32)}, "cu_seqlens"),
+        ({"inverse": torch.zeros(2, 9, 1, dtype=torch.int64)}, "inverse"),
+        (INDEXED | {"inverse": None}, "inverse"),
+        (INDEXED | {"index": torch.zeros(2, 9)}, "index.shape"),
+        (INDEXED | {"cu_seqlens": None}, "cu_seqlens"),
+        (INDEXED | {"index": torch.zeros(17, dtype=torch.int64)}, "index.shape"),
+        (INDEXED | {"index": torch.zeros(18)}, "index.dtype"),
+        (INDEXED | {"inverse": torch.zeros(2, 8, 1, dtype=torch.int64)}, "inverse.shape"),
+        (INDEXED | {"inverse": torch.zeros(2, 9, 1, dtype=torch.int64, device="meta")}, "inverse.device"),
+        (INDEXED | {"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, "cu_seqlens"),
         ({"backend": "cuda"}, "backend"),
     ],
 )
