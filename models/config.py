@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args
@@ -226,16 +227,14 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class MemoryConfig(Strict):
-    """A neural memory and the layer around it (Titans, section 4.4). Head width is ``dim // heads``.
+class MemoryRule(Strict):
+    """A neural memory (Titans, eqs. 8-15): its network, its inner loss and how it learns.
 
     ``depth``, ``norm`` and ``residual``: null takes the network's default (mlp: 2, true, true; linear: 1,
     false, false).
     ``step_max`` bounds depth times the effective step of one chunk, sum of theta / (1 - eta), at every chunk length.
-    ``conv`` is the width of the short causal convolution on q, k and v (0: none).
     """
 
-    heads: Count = 4
     network: Literal["mlp", "linear"] = "mlp"
     depth: Count | None = None
     expansion: Count = 4
@@ -246,30 +245,28 @@ class MemoryConfig(Strict):
     rule: Literal["momentum", "gd"] = "momentum"
     chunk_size: Count = 64
     read_after_write: bool = True
-    conv: Annotated[int, Field(ge=0, le=16)] = 4
     step_max: Positive = 2.0
-    output_gate: Literal["silu", "none"] = "silu"
 
     @property
     def spec(self) -> MemorySpec:
         """The part of this section that the operation takes."""
-        return MemorySpec(
-            network=self.network,
-            depth=self.depth,
-            expansion=self.expansion,
-            norm=self.norm,
-            residual=self.residual,
-            bias=self.bias,
-            retention=self.retention,
-            rule=self.rule,
-            chunk_size=self.chunk_size,
-            read_after_write=self.read_after_write,
-        )
+        return MemorySpec(**{field.name: getattr(self, field.name) for field in fields(MemorySpec)})
 
     @model_validator(mode="after")
     def _fits_the_operation(self) -> Self:
         _ = self.spec  # names the field that the operation would refuse
         return self
+
+
+class MemoryConfig(MemoryRule):
+    """A neural memory and the layer around it (Titans, section 4.4). Head width is ``dim // heads``.
+
+    ``conv`` is the width of the short causal convolution on q, k and v (0: none).
+    """
+
+    heads: Count = 4
+    conv: Annotated[int, Field(ge=0, le=16)] = 4
+    output_gate: Literal["silu", "none"] = "silu"
 
 
 class Heads(Strict):
@@ -337,8 +334,40 @@ class TitansMAL(Heads):
     memory: MemoryConfig = MemoryConfig()
 
 
+class Mixture(Strict):
+    """Mixture of memories: each token goes to ``top_k`` of ``memories``, and with ``shared`` to one more.
+
+    ``rule`` is that of every memory; ``memory`` describes it for the rule neural, and is null for the others, which
+    work in chunks of ``chunk_size`` tokens. ``projections``: k, v and the gates from matrices of each memory's own, or
+    from one for all. ``balance_weight`` and ``router_z_weight`` weigh the router's losses in training.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    rule: Literal["gated_delta", "delta", "linear_attention", "neural"] = "gated_delta"
+    heads: Count = 4
+    memories: Annotated[int, Field(ge=2, le=64)] = 4
+    top_k: Annotated[int, Field(ge=1, le=8)] = 2
+    shared: bool = True
+    projections: Literal["per_memory", "shared"] = "per_memory"
+    conv: Annotated[int, Field(ge=0, le=16)] = 4
+    chunk_size: Count = 64
+    output_gate: Literal["silu", "none"] = "silu"
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    router_z_weight: Annotated[float, Field(ge=0)] = 0.0
+    memory: MemoryRule | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.top_k > self.memories:
+            raise ValueError(f"top_k was {self.top_k}; it must be at most memories = {self.memories}")
+        if (self.memory is None) == (self.rule == "neural"):
+            must = "be given for the rule neural" if self.memory is None else f"be null for the rule {self.rule}"
+            raise ValueError(f"memory was {'null' if self.memory is None else 'a section'}; it must {must}")
+        return self
+
+
 MixerConfig = Annotated[
-    Union[Attention, WindowAttention, NeuralMemory, TitansMAC, TitansMAG, TitansMAL],  # noqa: UP007
+    Union[Attention, WindowAttention, NeuralMemory, TitansMAC, TitansMAG, TitansMAL, Mixture],  # noqa: UP007
     Field(discriminator="kind"),
 ]
 
@@ -372,8 +401,8 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
         for mixer in self.mixer:
-            memory = getattr(mixer, "memory", None)
-            counts = [("heads", getattr(mixer, "heads", None)), ("memory.heads", memory.heads if memory else None)]
+            inner = getattr(getattr(mixer, "memory", None), "heads", None)
+            counts = [("heads", getattr(mixer, "heads", None)), ("memory.heads", inner)]
             for name, heads in counts:
                 if heads is not None and self.dim % heads:
                     raise ValueError(f"{name} of mixer {mixer.kind} was {heads}; it must divide dim = {self.dim}")

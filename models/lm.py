@@ -19,6 +19,7 @@ from ..kernels import linear_cross_entropy
 from .block import Block
 from .config import ConfigError, ModelConfig, apply_overrides, load_yaml, validate
 from .layers import Embedding, Linear, RMSNorm, autocast_dtype
+from .losses import collected
 from .mixers import LayerState
 from .state import State
 
@@ -32,7 +33,8 @@ class Output:
 
     Without targets ``logits`` [B, T, V]. With targets ``loss`` (mean over the ``valid`` targets, or [B, T] per token),
     ``loss_sum`` (its sum, to be divided by the valid targets of all micro-batches and ranks) and ``valid`` (their
-    number, an int64 scalar). ``state`` when it was asked for. ``aux``: further losses by name.
+    number, an int64 scalar). ``state`` when it was asked for. ``aux``: in training, further losses by name, weighted as
+    they are to be added to the mean loss.
     """
 
     logits: Tensor | None = None
@@ -88,14 +90,16 @@ class MemoryLM(nn.Module):
         """
         self._check(tokens, state, cu_seqlens, targets)
         keep = targets is None if return_state is None else return_state
-        x, after = self._hidden(tokens, state, cu_seqlens, keep)
+        with collected() as found:
+            x, after = self._hidden(tokens, state, cu_seqlens, keep)
+        aux = {name: torch.stack(values).sum() for name, values in found.items()}
         if targets is None:
             return Output(logits=self._logits(x), state=after)
         valid = (targets != IGNORE).sum()
         loss = self._loss(x, targets, "none" if reduction == "none" else "sum")
         if reduction == "none":
             return Output(loss=loss, loss_sum=loss.sum(), valid=valid, state=after)
-        return Output(loss=loss / valid.clamp(min=1), loss_sum=loss, valid=valid, state=after)
+        return Output(loss=loss / valid.clamp(min=1), loss_sum=loss, valid=valid, state=after, aux=aux)
 
     def _hidden(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, keep: bool
@@ -167,9 +171,8 @@ class MemoryLM(nn.Module):
             if state.rows != rows:
                 raise ValueError(f"state was of {state.rows} sequences; it must have {rows}, one for each of tokens")
 
-    @torch.no_grad()
-    def diagnostics(self, tokens: Tensor) -> dict[str, float]:
-        """Numbers of every memory on these tokens, by ``layer.{i}/{name}``; see ``diagnose`` of each mixer.
+    def _ask(self, tokens: Tensor, method: str) -> dict[str, Tensor]:
+        """What a method of each mixer says of its own input on these tokens, by ``layer.{i}/{name}``.
 
         The mixers are asked from inside a forward, where sharded parameters are gathered.
         """
@@ -178,8 +181,8 @@ class MemoryLM(nn.Module):
         for i, block in enumerate(self.blocks):
 
             def ask(module: nn.Module, args: tuple[Any, ...], layer: int = i) -> None:
-                numbers = module.diagnose(args[0])  # type: ignore[operator]
-                found.update({f"layer.{layer}/{name}": value for name, value in numbers.items()})
+                told = getattr(module, method)(args[0])
+                found.update({f"layer.{layer}/{name}": value for name, value in told.items()})
 
             handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr]
         try:
@@ -187,7 +190,23 @@ class MemoryLM(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: float(value) for name, value in found.items()}
+        return found
+
+    @torch.no_grad()
+    def diagnostics(self, tokens: Tensor) -> dict[str, float]:
+        """Numbers of every memory on these tokens, by ``layer.{i}/{name}``; see ``diagnose`` of each mixer."""
+        return {name: float(value) for name, value in self._ask(tokens, "diagnose").items()}
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What happens in every memory at each of tokens [B, T]: numbers [B, T] or shares [B, T, M], by
+        ``layer.{i}/{name}``; see ``observe`` of each mixer."""
+        return self._ask(tokens, "observe")
+
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: all but those of memories that it is not routed to."""
+        idle = sum(block.mixer.idle_parameters() for block in self.blocks)  # type: ignore[operator,union-attr]
+        return sum(p.numel() for p in self.parameters()) - idle
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of one token's forward and backward at a context of ``seq_len``, as registered."""

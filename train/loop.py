@@ -231,8 +231,9 @@ class Run:
         with self.autocast:
             output = self.forward(batch)
         assert output.loss_sum is not None  # it is there whenever there are targets
-        # ddp and fsdp take the mean of the processes' gradients; what is wanted is their sum.
-        (output.loss_sum * (self.world.size / max(valid, 1))).backward()
+        # ddp and fsdp take the mean of the processes' gradients; what is wanted is their sum. Further losses are means.
+        whole = output.loss_sum * (self.world.size / max(valid, 1))
+        (whole + sum(output.aux.values()) / self.micro_batches).backward()
         return output.loss_sum.detach()
 
     def forward(self, batch: Batch, **options: Any) -> Output:

@@ -9,6 +9,7 @@ from .mac import MemoryAsContext
 from .mag import MemoryAsGate
 from .mal import MemoryAsLayer
 from .mixer import LayerState, Mixer
+from .mixture import MixtureOfMemories
 from .neural_memory import MemoryLayer
 
 __all__ = ["MIXERS", "LayerState", "Mixer", "make_mixer"]
@@ -20,6 +21,7 @@ MIXERS: dict[str, Callable[[ModelConfig, Any], Mixer]] = {
     "titans_mac": MemoryAsContext,
     "titans_mag": MemoryAsGate,
     "titans_mal": MemoryAsLayer,
+    "mixture": MixtureOfMemories,
 }
 
 

@@ -175,12 +175,22 @@ class MemoryAsContext(Mixer):
         return state | ({"query": query} if query else {})
 
     @torch.no_grad()
-    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
-        """The memory's on y, the stream it is written with; see :meth:`MemoryLayer.diagnose`."""
+    def _written(self, x: Tensor) -> Tensor:
+        """y, the stream that the memory is written with."""
         seen: list[Tensor] = []
         handle = self.gate.norm_y.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
             self.forward(x, None, None, False)
         finally:
             handle.remove()
-        return self.memory.diagnose(torch.cat(seen, 1))
+        return torch.cat(seen, 1)
+
+    @torch.no_grad()
+    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
+        """The memory's on y, the stream it is written with; see :meth:`MemoryLayer.diagnose`."""
+        return self.memory.diagnose(self._written(x))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> dict[str, Tensor]:
+        """The memory's on y; see :meth:`MemoryLayer.observe`."""
+        return self.memory.observe(self._written(x))

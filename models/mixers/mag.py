@@ -48,3 +48,8 @@ class MemoryAsGate(Mixer):
     def diagnose(self, x: Tensor) -> dict[str, Tensor]:
         """The memory's; see :meth:`MemoryLayer.diagnose`."""
         return self.memory.diagnose(x)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> dict[str, Tensor]:
+        """The memory's; see :meth:`MemoryLayer.observe`."""
+        return self.memory.observe(x)

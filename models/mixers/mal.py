@@ -66,6 +66,11 @@ class MemoryAsLayer(Mixer):
         """The memory's; see :meth:`MemoryLayer.diagnose`."""
         return self.memory.diagnose(x)
 
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> dict[str, Tensor]:
+        """The memory's; see :meth:`MemoryLayer.observe`."""
+        return self.memory.observe(x)
+
 
 def _expand(state: LayerState, batch: int) -> LayerState:
     """A state of one row, for ``batch`` rows."""

@@ -31,7 +31,16 @@ class Mixer(nn.Module):
         """The state of ``batch`` sequences before their first token; ``dtype`` is that of x."""
         raise NotImplementedError
 
+    def idle_parameters(self) -> int:
+        """How many of its parameters a token does not meet: those of memories that it is not routed to."""
+        return 0
+
     @torch.no_grad()
     def diagnose(self, x: Tensor) -> dict[str, Tensor]:
         """Numbers worth watching on input x [B, T, dim], each a float scalar; nothing for a mixer without a memory."""
+        return {}
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> dict[str, Tensor]:
+        """What happens at each token of x [B, T, dim]: numbers [B, T], or shares of several places [B, T, M]."""
         return {}

@@ -1,6 +1,7 @@
 """The neural memory layer (Titans LMM), and what MAC, MAG and MAL share with it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import l2_norm, neural_memory, neural_memory_read, neural_memory_state, short_conv
-from ..config import MemoryConfig, ModelConfig
+from ...kernels.neural_memory.spec import MemorySpec
+from ..config import MemoryConfig, MemoryRule, ModelConfig
 from ..layers import Linear, RMSNorm, full_precision
 from .mixer import LayerState, Mixer
 
@@ -31,19 +33,24 @@ class MemoryGates(nn.Module):
     gradient grows as their inverse, without bound along a sequence of several 1 / r.
     """
 
-    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryRule, heads: int, project: bool = True) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory, self.heads = memory, heads
         self.scale = memory.step_max / (memory.chunk_size * memory.spec.layers)
         self.decays, self.moves = memory.retention == "l2", memory.rule == "momentum"
-        self.proj = Linear(model.dim, memory.heads * (1 + self.decays + self.moves), model.init_std)
-        self.step_bias = nn.Parameter(torch.empty(memory.heads))
+        self.proj = Linear(model.dim, self.outputs, model.init_std) if project else None  # else somebody gives z
+        self.step_bias = nn.Parameter(torch.empty(heads))
         if self.decays:
-            self.retain_bias = nn.Parameter(torch.empty(memory.heads))
-            self.retain_log = nn.Parameter(torch.empty(memory.heads))
+            self.retain_bias = nn.Parameter(torch.empty(heads))
+            self.retain_log = nn.Parameter(torch.empty(heads))
         if self.moves:
-            self.momentum_bias = nn.Parameter(torch.empty(memory.heads))
+            self.momentum_bias = nn.Parameter(torch.empty(heads))
         self.reset_parameters()
+
+    @property
+    def outputs(self) -> int:
+        """Channels of z."""
+        return self.heads * (1 + self.decays + self.moves)
 
     def reset_parameters(self) -> None:
         """n Σ θ / (1 − η) = min(1, step_max / 2) over a chunk; softplus(b_a) = 1; r log-uniform; η = 0.9."""
@@ -57,18 +64,39 @@ class MemoryGates(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x [B, T, dim] → θ, log a, log η, each [B, T, H] in float32 (float64 for float64 x); None where unused."""
+        assert self.proj is not None
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         with full_precision(x.device):
-            parts = list(F.linear(x.to(kind), self.proj.weight.to(kind)).split(self.memory.heads, dim=-1))
-            step = torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * self.scale
-            log_retain = log_momentum = None
-            if self.decays:
-                log_retain = F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -self.retain_log.to(kind).exp()
-            if self.moves:
-                z = parts.pop(0) + self.momentum_bias.to(kind)
-                log_momentum = F.logsigmoid(z)
-                step = step * torch.sigmoid(-z)
+            return self.activate(F.linear(x.to(kind), self.proj.weight.to(kind)))
+
+    def activate(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same from z [B, T, ``outputs``], b not yet added."""
+        kind = torch.float64 if z.dtype == torch.float64 else torch.float32
+        parts = list(z.to(kind).split(self.heads, dim=-1))
+        step = torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * self.scale
+        log_retain = log_momentum = None
+        if self.decays:
+            log_retain = F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -self.retain_log.to(kind).exp()
+        if self.moves:
+            moved = parts.pop(0) + self.momentum_bias.to(kind)
+            log_momentum = F.logsigmoid(moved)
+            step = step * torch.sigmoid(-moved)
         return step, log_retain, log_momentum
+
+
+def draw_start(weights: Sequence[Tensor], norm: Tensor | None, spec: MemorySpec) -> None:
+    """Draw W_0 ([..., in, out] of each layer) in place, and set the memory's norm to 1.
+
+    Entries are N(0, 1) where the memory ends in a LayerNorm, which makes their size the inverse of the inner learning
+    rate (the loss is then of curvature 1 per matrix for unit keys); without one N(0, 4 / width of the hidden layer),
+    and N(0, 1 / D) for a linear memory.
+    """
+    width, hidden = weights[0].shape[-2:]
+    std = 1.0 if norm is not None else (width if spec.layers == 1 else hidden / 4) ** -0.5
+    for weight in weights:
+        nn.init.normal_(weight, std=std)
+    if norm is not None:
+        nn.init.ones_(norm)
 
 
 class MemoryLayer(Mixer):
@@ -78,9 +106,7 @@ class MemoryLayer(Mixer):
         o_t     = M(q_t; W_t),  W_t written by one gradient step per token (:func:`palimpsest.kernels.neural_memory`)
         y       = (RMSNorm(o) ⊙ silu(x W_g)) W_o,  the norm per head
 
-    W_0 is learnt, one per head. Its entries start at N(0, 1) where the memory ends in a LayerNorm, which makes their
-    size the inverse of the inner learning rate (the loss is then of curvature 1 per matrix for unit keys); without one
-    at N(0, 4 / width of the hidden layer), and N(0, 1 / D) for a linear memory.
+    W_0 is learnt, one per head; see :func:`draw_start`.
 
     State: ``memory``, of the operation; ``conv``, the convolution's last inputs, where there is one.
     """
@@ -93,7 +119,7 @@ class MemoryLayer(Mixer):
         self.gate_width = self.dim if gated else 0
         self.proj = Linear(self.dim, self.gate_width + 3 * self.dim, model.init_std)  # gate, q, k, v in this order
         self.conv = nn.Parameter(torch.empty(3 * self.dim, memory.conv)) if memory.conv else None
-        self.gates = MemoryGates(model, memory)
+        self.gates = MemoryGates(model, memory, memory.heads)
         shapes = self.spec.weight_shapes(self.heads, self.width, self.width)
         self.weight_names = [f"weights.{i}" for i in range(len(shapes))]
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(*shape)) for shape in shapes)
@@ -103,15 +129,10 @@ class MemoryLayer(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W_0 and the convolution (uniform in ±1/√width, as torch's own), and set the memory's norm to 1."""
+        """Draw the convolution (uniform in ±1/√width, as torch's own) and W_0."""
         if self.conv is not None:
             nn.init.uniform_(self.conv, -(self.conv.shape[1] ** -0.5), self.conv.shape[1] ** -0.5)
-        hidden = self.weights[0].shape[-1]
-        std = 1.0 if self.norm is not None else (self.width if self.spec.layers == 1 else hidden / 4) ** -0.5
-        for weight in self.weights:
-            nn.init.normal_(weight, std=std)
-        if self.norm is not None:
-            nn.init.ones_(self.norm)
+        draw_start(self.start(), self.norm, self.spec)
 
     def start(self) -> list[Tensor]:
         """W_0, each [H, in, out]."""
@@ -192,20 +213,18 @@ class MemoryLayer(Mixer):
         return {"memory": memory} | ({"conv": conv} if conv else {})
 
     @torch.no_grad()
-    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
-        """Means over x [B, T, dim]: ``retention``, ``momentum``, ``step`` (Σ θ / (1 − η) of a chunk), ``loss_before``
-        and ``loss_after`` (the inner loss of each token at W_{t−1} and at W_t), ``state_norm`` (Frobenius norm of a
-        head's weights at the end)."""
+    def _probe(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Numbers of every token and head [B, T, H], and the memory's state after them."""
         _, k, v, _, _ = self._write_inputs(x, None, None, False)
         step, log_retain, log_momentum = self.gates(x)
-        result = {}
+        found = {}
         effective = step
         if log_retain is not None:
-            result["retention"] = log_retain.exp().mean()
+            found["retention"] = log_retain.exp()
         if log_momentum is not None:
-            result["momentum"] = log_momentum.exp().mean()
+            found["momentum"] = log_momentum.exp()
             effective = step / -torch.expm1(log_momentum)
-        result["step"] = effective.mean() * self.spec.chunk_size
+        found["step"] = effective * self.spec.chunk_size
         for name, after in (("loss_before", False), ("loss_after", True)):
             o, state = neural_memory(
                 k,
@@ -221,8 +240,22 @@ class MemoryLayer(Mixer):
             )
             o, target = o.to(step.dtype), v.to(step.dtype)
             loss = 0.5 * (o - target).square() if self.spec.bias == "l2" else -o * target
-            result[name] = loss.sum(-1).mean()
+            found[name] = loss.sum(-1)
         assert state is not None
+        return found, state
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> dict[str, Tensor]:
+        """See :class:`Mixer`: what :meth:`diagnose` averages, a mean over heads; ``loss_before`` is the surprise."""
+        return {name: value.mean(-1) for name, value in self._probe(x)[0].items()}
+
+    @torch.no_grad()
+    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
+        """Means over x [B, T, dim]: ``retention``, ``momentum``, ``step`` (Σ θ / (1 − η) of a chunk), ``loss_before``
+        and ``loss_after`` (the inner loss of each token at W_{t−1} and at W_t), ``state_norm`` (Frobenius norm of a
+        head's weights at the end)."""
+        found, state = self._probe(x)
         squares = sum(state[f"weights.{i}"].square().sum((-2, -1)) for i in range(self.spec.layers))
-        result["state_norm"] = torch.as_tensor(squares).sqrt().mean()
-        return result
+        return {name: value.mean() for name, value in found.items()} | {
+            "state_norm": torch.as_tensor(squares).sqrt().mean()
+        }

@@ -9,6 +9,7 @@ from palimpsest.models.mixers import Mixer, make_mixer
 
 DIM = 8
 MEMORY = {"heads": 2, "chunk_size": 5, "expansion": 2, "conv": 3}
+MIXTURE = {"kind": "mixture", "heads": 2, "memories": 3, "top_k": 2, "conv": 3, "chunk_size": 5}
 
 #: name → the ``mixer`` section of a configuration. Chunks of 5 and segments of 7 end at different tokens on purpose.
 REGISTRY: dict[str, dict[str, Any]] = {
@@ -37,6 +38,17 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "mag, silu": {"kind": "titans_mag", "heads": 2, "window": 3, "persistent": 1, "gate": "silu", "memory": MEMORY},
     "mal": {"kind": "titans_mal", "heads": 2, "window": 4, "persistent": 2, "memory": MEMORY},
     "mal, bare": {"kind": "titans_mal", "heads": 2, "window": 4, "persistent": 0, "memory": {**MEMORY, "conv": 0}},
+    "mixture": MIXTURE,
+    "mixture, one": {**MIXTURE, "rule": "delta", "top_k": 1, "shared": False, "conv": 0, "output_gate": "none"},
+    "mixture, linear": {**MIXTURE, "rule": "linear_attention", "memories": 4, "projections": "shared"},
+    "mixture, neural": {**MIXTURE, "rule": "neural", "memory": {"chunk_size": 5, "expansion": 2}},
+    "mixture, neural, plain": {
+        **MIXTURE,
+        "rule": "neural",
+        "shared": False,
+        "projections": "shared",
+        "memory": {"network": "linear", "rule": "gd", "retention": "none", "chunk_size": 4, "read_after_write": False},
+    },
 }
 
 

@@ -212,7 +212,7 @@ def test_other_precisions(name: str, dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert gap(y.double(), exact(x.to(dtype).double())[0]) <= 64 * (2**-24 if dtype == torch.float32 else 2**-8)
     for key in ("memory", "segment"):
-        for leaf in leaves(state.get(key, {}).get("memory", {})):
+        for leaf in leaves({key: state.get(key, {}).get("memory", {})}):
             assert leaf.dtype in (torch.float32, torch.int32)
 
 

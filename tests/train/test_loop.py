@@ -125,6 +125,30 @@ def test_packed_documents_train(content, tmp_path):
     assert learnt(tmp_path / "run")[-1]["loss"] < learnt(tmp_path / "run")[0]["loss"]
 
 
+MIXTURE = {"kind": "mixture", "heads": 2, "memories": 4, "top_k": 1, "balance_weight": 1.0}
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train__micro_batch_size": 1, "train__activation_checkpointing": True}])
+def test_further_losses_are_minimised_and_not_reported_as_the_loss(content, tmp_path, overrides):
+    """A router that is pushed to spread its tokens ends up less uneven than one that is not."""
+    content["model"] = content["model"] | {"mixer": MIXTURE}
+    ends = []
+    for weight in (0.0, 1.0):
+        out = tmp_path / f"run {weight} {len(overrides)}"
+        given = {
+            "train__out": str(out),
+            "train__steps": 12,
+            "train__diagnostics_every": 12,
+            "model__mixer__balance_weight": weight,
+        }
+        train(read(content, **given, **overrides))
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        ends.append((learnt(out)[0]["loss"], next(r["layer.0/balance"] for r in records if "layer.0/balance" in r)))
+    (loss, uneven), (same, even) = ends
+    assert loss == same, "the first loss is that of the same weights"
+    assert even < uneven
+
+
 # -- what it refuses --------------------------------------------------------------------------------------------------
 
 
