@@ -38,3 +38,18 @@ def integers(seed: int, stream: str, count: int, low: int, high: int, start: int
 def uniform(seed: int, stream: str, count: int, start: int = 0) -> NDArray[np.float64]:
     """Multiples of 2^-53 in [0, 1): float64 [count]."""
     return (words(seed, stream, count, start) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def exponential(seed: int, stream: str, count: int, start: int = 0) -> NDArray[np.float64]:
+    """Draws of mean 1: −ln u for u in (0, 1], float64 [count].
+
+    The logarithm is a series of sums and products, which IEEE 754 fixes to the bit; a library's own may differ in its
+    last bit from machine to machine.
+    """
+    u = ((words(seed, stream, count, start) >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
+    mantissa, exponent = np.frexp(u)  # in [1/2, 1)
+    z = (mantissa - 1.0) / (mantissa + 1.0)  # ln m = 2 (z + z³/3 + z⁵/5 …), |z| <= 1/3
+    square, series = z * z, np.zeros_like(z)
+    for power in range(33, 0, -2):
+        series = series * square + 1.0 / power
+    return -(2.0 * z * series + exponent * 0.6931471805599453)

@@ -1,0 +1,104 @@
+"""Multi-query associative recall (MQAR; Arora et al., "Zoology", 2023): keys are said with their values, then asked.
+
+An example is ``pairs`` keys, each followed by its value, then as many queries, each a key, at even distances behind the
+pairs; between them stand random tokens. The label of a query is its key's value, and nothing else has a label. Keys are
+from [1, V/2) and unique in an example, values from [V/2, V). The distance of a query from the end of the pairs is 2 n
+with n drawn without replacement, p(n) ∝ n^(a − 1) and a = 0.01: most are asked soon, a few late.
+
+A worked example, ``generate(12, 2, 1, vocabulary=16)``::
+
+    tokens   7  12   5  14 |  7   4   5  14   3   7  10   4
+    labels   -   -   -   - | 12   -  14   -   -   -   -   -
+
+The test sets of the benchmark are in ``TEST``, a thousand examples each; its training sets in ``TRAIN``.
+"""
+
+from decimal import Decimal
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import draws
+
+IGNORE = -100
+VOCABULARY = 8192
+POWER = Decimal("0.99")  # 1 − a
+
+#: (length, pairs): examples
+TRAIN = {(64, 4): 100_000, (128, 8): 20_000, (256, 16): 20_000, (256, 32): 20_000, (256, 64): 20_000}
+TEST = dict.fromkeys([(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)], 1_000)
+
+
+@lru_cache(maxsize=16)
+def _rarity(room: int) -> NDArray[np.float64]:
+    """n^(1 − a) for n = 1 … room; by decimal arithmetic, the same everywhere."""
+    return np.array([float(Decimal(n) ** POWER) for n in range(1, room + 1)])
+
+
+def _distinct(seed: int, stream: str, rows: int, count: int, low: int, high: int, start: int) -> NDArray[np.int64]:
+    """[rows, count] numbers of [low, high), distinct in a row, uniform; row r is a function of (seed, start + r)."""
+    width = min(4 * (high - low), count + 64 + count // 2)
+    found = np.empty((rows, count), np.int64)
+    todo, attempt = np.arange(rows), 0
+    while len(todo):
+        drawn = draws.integers(seed, f"{stream} {attempt}", rows * width, low, high, start * width)
+        drawn = drawn.reshape(rows, width)[todo]
+        order = np.argsort(drawn, 1, kind="stable")
+        ordered = np.take_along_axis(drawn, order, 1)
+        new = np.ones_like(drawn, bool)
+        np.put_along_axis(new, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], 1)  # the first of its value in the row
+        enough = new.sum(1) >= count
+        place = np.argsort(~new, 1, kind="stable")[:, :count]
+        found[todo[enough]] = np.take_along_axis(drawn, place, 1)[enough]
+        todo, attempt = todo[~enough], attempt + 1
+    return found
+
+
+def generate(
+    length: int, pairs: int, count: int, seed: int = 0, *, vocabulary: int = VOCABULARY, start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Examples ``start`` … ``start + count − 1`` of a seed: tokens and labels, int64 [count, length].
+
+    Each is a function of (seed, its number, length, pairs, vocabulary), on every machine.
+
+    Raises:
+        ValueError: for a length that cannot hold the pairs and their queries, or a vocabulary with too few keys.
+    """
+    if pairs < 1 or length < 4 * pairs:
+        raise ValueError(f"length was {length} with {pairs} pairs; it must be at least 4 × pairs, and pairs at least 1")
+    half = vocabulary // 2
+    if half - 1 < pairs or vocabulary % 2:
+        raise ValueError(f"vocabulary was {vocabulary}; it must be even, with at least {pairs} keys in [1, V / 2)")
+    name = f"mqar {length} {pairs} {vocabulary}"
+    keys = _distinct(seed, f"{name} keys", count, pairs, 1, half, start)
+    values = draws.integers(seed, f"{name} values", count * pairs, half, vocabulary, start * pairs).reshape(
+        count, pairs
+    )
+    tokens = draws.integers(seed, f"{name} others", count * length, 0, vocabulary, start * length).reshape(
+        count, length
+    )
+    labels = np.full((count, length), IGNORE)
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    # The first to arrive of exponential draws with rates n^(a − 1): sampling without replacement.
+    room = (length - 2 * pairs) // 2
+    waits = draws.exponential(seed, f"{name} gaps", count * room, start * room).reshape(count, room) * _rarity(room)
+    place = 2 * pairs + 2 * np.argsort(waits, 1, kind="stable")[:, :pairs]
+    np.put_along_axis(tokens, place, keys, 1)
+    np.put_along_axis(labels, place, values, 1)
+    return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, tokens: Tensor, labels: Tensor, batch: int = 64) -> float:
+    """Share of the queries [N, T] whose likeliest next token is the label."""
+    device = next(model.parameters()).device
+    right = asked = 0
+    for x, y in zip(tokens.split(batch), labels.split(batch), strict=True):
+        logits = model(x.to(device)).logits
+        known = y.to(device) != IGNORE
+        right += int((logits.argmax(-1) == y.to(device))[known].sum())
+        asked += int(known.sum())
+    return right / asked
