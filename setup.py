@@ -27,6 +27,7 @@ DOORS = {
     "palimpsest-eval": "palimpsest.eval.__main__:main",
     "palimpsest-generate": "palimpsest.eval.generate:main",
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
+    "palimpsest-profile": "palimpsest.kernels.profile.__main__:main",
 }
 
 DATA = ["datasets>=3.0", "pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]

@@ -7,6 +7,9 @@ under locks, in an order that changes from run to run. A kernel for dx and one f
 would hold none either, at five products, and would add into dx [tokens, d] in memory once per tile instead of once per
 span, since a block of its rows does not fit in registers. G has as many entries as ``chunk`` tokens have logits, 2^26
 when that is not given: at 32k tokens, 2048 of the 128k columns, 128 MB in bfloat16 where all logits take 8.6 GB.
+
+G has the incoming gradients divided by the largest of them, and the products' sums, in float32, are multiplied with it:
+those of a mean over many tokens would underflow in float16.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,16 +22,16 @@ from torch import Tensor
 
 from ..launch import Config, Kernel, Pairs, precision
 from . import chunked
-from .forward import call, logits, problem, wide
+from .forward import call, logits, problem, tiles, wide
 
 GRAIN = 128  # tokens and entries of a block that filtering keeps or skips; spans are whole blocks
 ENTRIES = 2**26  # of G when ``chunk`` is not given
 
 
-@triton.jit(do_not_specialize=["tokens", "entries", "first", "grains"])
+@triton.jit(do_not_specialize=["tokens", "depths", "entries", "first", "grains"])
 def linear_cross_entropy_slopes(
-    x, weight, label, log_sum, incoming, slopes, kept, tokens, entries, first, grains, smoothing, z_loss, softcap,
-    threshold,
+    x, weight, label, log_sum, incoming, slopes, kept, tokens, depths, entries, first, grains, smoothing, z_loss,
+    softcap, threshold,
     D: tl.constexpr, V: tl.constexpr, X_STRIDE: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
     FILTER: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GRAIN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,7 +46,7 @@ def linear_cross_entropy_slopes(
     live = token < tokens
     target = tl.load(label + token, mask=live, other=-1)
     known = tl.load(log_sum + token, mask=live, other=0.0)[:, None]
-    z = logits(x, weight, token, tokens, entry, entries, softcap, D, X_STRIDE, SOFTCAP, PRECISION, BLOCK_D)
+    z = logits(x, weight, token, tokens, entry, entries, depths, softcap, D, X_STRIDE, SOFTCAP, PRECISION, BLOCK_D)
     g = tl.exp(z - known) * (1.0 + 2.0 * z_loss * known)
     g -= tl.where(entry[None, :] + first == target[:, None], 1.0 - smoothing, 0.0)
     if SMOOTH:
@@ -58,7 +61,7 @@ def linear_cross_entropy_slopes(
         mark = tl.max((tl.abs(g) >= threshold).to(tl.int32))
         tl.store(kept + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), mark)
         mask = mask & (mark > 0)
-    g = tl.where(counts, g * tl.load(incoming + token, mask=live, other=0.0)[:, None], 0.0)
+    g *= tl.load(incoming + token, mask=target >= 0, other=0.0)[:, None]
     block = slopes + (tl.program_id(1) * BLOCK_N).to(tl.int64) * width
     place = tl.arange(0, BLOCK_N)[:, None] * width + entry[None, :]
     tl.store(block + place, g.to(slopes.dtype.element_ty), mask=mask)
@@ -85,12 +88,12 @@ def multiply(
 
 @triton.jit(do_not_specialize=["rows", "depths", "grains", "tiles"])
 def linear_cross_entropy_product(
-    a, b, before, out, kept, rows, depths, grains, tiles,
+    a, b, before, out, kept, scale, rows, depths, grains, tiles,
     D: tl.constexpr, B_STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, ADD: tl.constexpr, FILTER: tl.constexpr,
     DTYPE: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, GRAIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of columns, block of rows): out = (with ADD, before +) G b, or G^T b with TRANSPOSED."""
+    """Program (block of columns, block of rows): out = (with ADD, before +) scale G b, or G^T b with TRANSPOSED."""
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     width = grains * GRAIN
@@ -112,29 +115,24 @@ def linear_cross_entropy_product(
     block = (tl.program_id(1) * BLOCK_M).to(tl.int64) * D
     place = tl.arange(0, BLOCK_M)[:, None] * D + column[None, :]
     mask = (row < rows)[:, None] & (column < D)[None, :]
+    total *= tl.load(scale)
     if ADD:
         total += tl.load(before + block + place, mask=mask, other=0.0)
     tl.store(out + block + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 def slope_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """With filtering a tile is a block that is kept or skipped; a soft-cap takes the registers of wider ones."""
-    deep = 32 if constants["DTYPE"] == "float32" else 64
-    grain = Config((("BLOCK_N", GRAIN), ("BLOCK_V", GRAIN), ("BLOCK_D", deep)), num_warps=8, num_stages=3)
-    narrow = Config((("BLOCK_N", GRAIN), ("BLOCK_V", GRAIN), ("BLOCK_D", 32)), num_warps=8, num_stages=4)
-    if constants["FILTER"] or constants["SOFTCAP"]:
-        return [grain, narrow]
-    return [grain, Config((("BLOCK_N", 128), ("BLOCK_V", 256), ("BLOCK_D", deep)), num_warps=8, num_stages=3), narrow]
+    """With filtering a tile is a block that is kept or skipped; a soft-cap is as in the forward."""
+    narrow = constants["FILTER"] or constants["SOFTCAP"]
+    return tiles(constants, ("BLOCK_N", "BLOCK_V", "BLOCK_D"), narrow)
 
 
 def product_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Rows are a block that filtering keeps or skips; its depth goes into that block. Adding takes more registers."""
-    deep = 32 if constants["DTYPE"] == "float32" else 64
-    first = Config((("BLOCK_M", GRAIN), ("BLOCK_N", 128), ("BLOCK_K", deep)), num_warps=8, num_stages=3)
-    narrow = Config((("BLOCK_M", GRAIN), ("BLOCK_N", 128), ("BLOCK_K", 32)), num_warps=8, num_stages=4)
-    if constants["ADD"]:
-        return [first, narrow]
-    return [first, Config((("BLOCK_M", GRAIN), ("BLOCK_N", 256), ("BLOCK_K", deep)), num_warps=8, num_stages=3), narrow]
+    """Rows are a block that filtering keeps or skips; its depth goes into that block.
+
+    A wider tile and what is added to it take more registers than there are.
+    """
+    return tiles(constants, ("BLOCK_M", "BLOCK_N", "BLOCK_K"), False)[: 1 if constants["ADD"] else 2]
 
 
 def canary(constants: Mapping[str, Any]) -> Pairs:
@@ -152,7 +150,7 @@ def canary(constants: Mapping[str, Any]) -> Pairs:
     log_sum = torch.logsumexp(_capped(exact), 1)
     threshold = 1e-30 if constants["FILTER"] else None
     chunk = triton.cdiv(entries, 3 * GRAIN) * GRAIN * len(grad) // entries
-    found = backward(grad, log_sum, **arguments, threshold=threshold, chunk=chunk)
+    found = backward(grad, **arguments, log_sum=log_sum, threshold=threshold, chunk=chunk)
     wanted = chunked.backward.body(grad, *exact.values(), 128)
     return list(zip(found, wanted, strict=True))
 
@@ -167,8 +165,10 @@ SLOPES = Kernel(linear_cross_entropy_slopes, slope_configs, canary)
 PRODUCT = Kernel(linear_cross_entropy_product, product_configs, canary)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, before: Tensor | None, kept: Tensor | None, transposed: bool) -> None:
-    """out [., D] = G b, or G^T b, in addition to ``before``; rows and depth are those of out and b."""
+def product(
+    a: Tensor, b: Tensor, scale: Tensor, out: Tensor, before: Tensor | None, kept: Tensor | None, transposed: bool
+) -> None:
+    """out [., D] = scale G b, or G^T b, in addition to ``before``; rows and depth are those of out and b."""
     rows, width = out.shape
     constants = {
         "D": width,
@@ -181,8 +181,8 @@ def product(a: Tensor, b: Tensor, out: Tensor, before: Tensor | None, kept: Tens
         "PRECISION": precision(b.dtype),
         "GRAIN": GRAIN,
     }
-    arguments = {"a": a, "b": b, "before": before, "out": out, "kept": kept, "rows": rows, "depths": b.shape[0]}
-    arguments |= {"grains": a.shape[1] // GRAIN, "tiles": 0 if kept is None else kept.shape[1]}
+    arguments = {"a": a, "b": b, "before": before, "out": out, "kept": kept, "scale": scale, "rows": rows}
+    arguments |= {"depths": b.shape[0], "grains": a.shape[1] // GRAIN, "tiles": 0 if kept is None else kept.shape[1]}
     PRODUCT(
         lambda it: (triton.cdiv(width, it["BLOCK_N"]), triton.cdiv(rows, it["BLOCK_M"])),
         arguments,
@@ -197,10 +197,10 @@ def _span_grid(entries: int, tokens: int) -> Callable[[Mapping[str, Any]], tuple
 
 def backward(
     grad: Tensor,
-    log_sum: Tensor,
     x: Tensor,
     weight: Tensor,
     target: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     smoothing: float,
     z_loss: float,
@@ -218,9 +218,10 @@ def backward(
     span = min(triton.cdiv(entries, GRAIN), max(1, most // (tokens * GRAIN))) * GRAIN
     slopes = x.new_empty(tokens, span)
     d_x, d_weight = x.new_empty(tokens, depth), weight.new_empty(weight.shape)
-    sums = d_x if span >= entries else x.new_empty(tokens, depth, dtype=torch.float32)
+    sums = None if span >= entries else x.new_zeros(tokens, depth, dtype=torch.float32)
     numbers = {"smoothing": smoothing, "z_loss": z_loss, "threshold": threshold or 0.0, "grains": span // GRAIN}
-    rows = {"log_sum": log_sum.contiguous(), "incoming": grad.float().contiguous()}
+    scale = grad.abs().amax().float()
+    rows = {"log_sum": log_sum.contiguous(), "incoming": grad.float() / scale.where(scale > 0, 1)}
     for first in range(0, entries, span):
         part = narrow[first : first + span]
         size = part.shape[0]
@@ -233,7 +234,7 @@ def backward(
             {**arguments, **rows, **numbers, **own},
             {**constants, "FILTER": threshold is not None, "GRAIN": GRAIN},
         )
-        product(slopes, x, d_weight[first : first + span], None, kept, transposed=True)
-        last = first + span >= entries
-        product(slopes, part, d_x if last else sums, sums if first else None, kept, transposed=False)
+        product(slopes, x, scale, d_weight[first : first + span], None, kept, transposed=True)
+        out = d_x if sums is None or first + span >= entries else sums
+        product(slopes, part, scale, out, sums, kept, transposed=False)
     return d_x, d_weight

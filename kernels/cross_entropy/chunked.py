@@ -11,7 +11,7 @@ from torch import Tensor
 from ..check import compute_dtype
 from ..op import flop_formula
 from ..operator import absent, operator
-from .cost import cost
+from .cost import backward_flops, cost
 
 LOGITS = 2**22  # held at a time when ``chunk`` is not given
 
@@ -115,16 +115,21 @@ def backward(
     softcap: float | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [N, d] and weight [V, d] for the incoming gradients ``grad`` [N] of the tokens' losses."""
-    narrow = weight.to(x.dtype)
-    d_weight = weight.new_zeros(weight.shape, dtype=compute_dtype(x))
-    d_x = []
+    """Gradients of x [N, d] and weight [V, d] for the incoming gradients ``grad`` [N] of the tokens' losses.
+
+    These are divided by the largest, and the sums multiplied with it: those of a mean would underflow in float16.
+    """
+    narrow, kind = weight.to(x.dtype), compute_dtype(x)
+    d_weight = weight.new_zeros(weight.shape, dtype=kind)
+    d_x = [x[:0]]
+    scale = torch.cat([grad.abs(), grad.new_zeros(1)]).amax()
+    grad = grad / scale.where(scale > 0, 1)
     for start in range(0, x.shape[0], chunk):
         part = slice(start, start + chunk)
         tokens = Chunk(x[part], narrow, target[part], ignore_index, smoothing, z_loss, softcap)
-        d_x.append(tokens.gradients(grad[part], d_weight))
+        d_x.append((tokens.gradients(grad[part], d_weight).to(kind) * scale).to(x.dtype))
         del tokens
-    return torch.cat([x[:0], *d_x]), d_weight.to(weight.dtype)
+    return torch.cat(d_x), (d_weight * scale).to(weight.dtype)
 
 
 @backward.register_fake
@@ -143,7 +148,7 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, *_):
     if ctx.known:
-        pair = [(grad * d).to(kind) for d, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)]
+        pair = [(grad * d.to(grad.dtype)).to(kind) for d, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)]
     else:
         x, weight, target = ctx.saved_tensors
         pair = backward(grad.expand(target.shape), x, weight, target, *ctx.rest)
@@ -159,10 +164,7 @@ def _flops(x, weight, target, a, b, c, d, e, total, gradients, *, out_shape) -> 
 
 
 flop_formula(torch.ops.palimpsest.linear_cross_entropy, _flops)
-flop_formula(
-    torch.ops.palimpsest.linear_cross_entropy_backward,
-    lambda grad, x, weight, *_, out_shape: cost(x, weight, reduction="none", backward=True).flops,
-)
+flop_formula(torch.ops.palimpsest.linear_cross_entropy_backward, backward_flops)
 
 
 def linear_cross_entropy(

@@ -20,3 +20,13 @@ def cost(
     tensors = 2 if backward else 1
     moved = tensors * (tokens * width + vocabulary * width) * itemsize + 8 * tokens + 4 * tokens
     return Cost(products * 2 * tokens * vocabulary * width, moved)
+
+
+def forward_flops(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: object) -> int:
+    """Of the operators that compute losses, by their first arguments."""
+    return cost(x, weight).flops
+
+
+def backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *_: object, out_shape: object) -> int:
+    """Of the operators that compute the gradients for given gradients of losses."""
+    return cost(x, weight, reduction="none", backward=True).flops

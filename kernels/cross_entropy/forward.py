@@ -4,7 +4,7 @@ A program takes a block of tokens and a span of the vocabulary, over which it ke
 parts are put together by torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,17 @@ SPAN = 2048  # entries of the vocabulary that a program of the forward goes thro
 
 @triton.jit
 def logits(
-    x, weight, token, tokens, entry, entries, softcap,
+    x, weight, token, tokens, entry, entries, depths, softcap,
     D: tl.constexpr, X_STRIDE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits. Tokens and entries beyond the last are read as the last: their logits mean nothing."""
+    """A tile of logits. Tokens and entries beyond the last are read as the last: their logits mean nothing.
+
+    ``depths`` is D as a number that the compiler does not know: it unrolls a loop of known length whole.
+    """
     row = x + tl.minimum(token, tokens - 1)[:, None].to(tl.int64) * X_STRIDE
     column = weight + tl.minimum(entry, entries - 1)[None, :].to(tl.int64) * D
     z = tl.zeros([token.shape[0], entry.shape[0]], tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, depths, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
         if D % BLOCK_D == 0:
             a, b = tl.load(row + depth[None, :]), tl.load(column + depth[:, None])
@@ -41,9 +44,9 @@ def logits(
     return z
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "depths"])
 def linear_cross_entropy_forward(
-    x, weight, label, parts, tokens, softcap,
+    x, weight, label, parts, tokens, depths, softcap,
     D: tl.constexpr, V: tl.constexpr, X_STRIDE: tl.constexpr, SPAN: tl.constexpr, SMOOTH: tl.constexpr,
     SOFTCAP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -59,7 +62,7 @@ def linear_cross_entropy_forward(
     begin = tl.program_id(1) * SPAN
     for start in range(begin, tl.minimum(begin + SPAN, V), BLOCK_V):
         entry = start + tl.arange(0, BLOCK_V)
-        z = logits(x, weight, token, tokens, entry, V, softcap, D, X_STRIDE, SOFTCAP, PRECISION, BLOCK_D)
+        z = logits(x, weight, token, tokens, entry, V, depths, softcap, D, X_STRIDE, SOFTCAP, PRECISION, BLOCK_D)
         chosen += tl.sum(tl.where(entry[None, :] == target[:, None], z, 0.0), 1)
         if SMOOTH:
             total += tl.sum(tl.where(entry[None, :] < V, z, 0.0), 1)
@@ -74,14 +77,22 @@ def linear_cross_entropy_forward(
         tl.store(place + 2 * tokens, total, mask=live)
 
 
-def configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Tiles of a matrix product; half as deep for float32, whose operands take twice the shared memory."""
+def tiles(constants: Mapping[str, Any], names: Sequence[str], narrow: bool) -> list[Config]:
+    """Tiles of a matrix product, 128 x 128 and one that is wider, or less deep where a wider one would be ``narrow``.
+
+    Half as deep for float32, whose operands take twice the shared memory.
+    """
     deep = 32 if constants["DTYPE"] == "float32" else 64
+    second = (128, 128, 32, 4) if narrow else (128, 256, deep, 3)
     return [
-        Config((("BLOCK_N", 128), ("BLOCK_V", 128), ("BLOCK_D", deep)), num_warps=8, num_stages=3),
-        Config((("BLOCK_N", 128), ("BLOCK_V", 256), ("BLOCK_D", deep)), num_warps=8, num_stages=3),
-        Config((("BLOCK_N", 64), ("BLOCK_V", 128), ("BLOCK_D", deep)), num_warps=4, num_stages=3),
+        Config(tuple(zip(names, sizes, strict=True)), num_warps=8, num_stages=stages)
+        for *sizes, stages in ((128, 128, deep, 3), second)
     ]
+
+
+def configs(constants: Mapping[str, Any]) -> list[Config]:
+    """Tiles of tokens and entries; a soft-cap takes the registers of wider ones."""
+    return tiles(constants, ("BLOCK_N", "BLOCK_V", "BLOCK_D"), constants["SOFTCAP"])
 
 
 def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +144,7 @@ def call(
         "weight": weight.to(x.dtype).contiguous(),
         "label": torch.where(target == ignore_index, -1, target).int(),
         "tokens": x.shape[0],
+        "depths": x.shape[1],
         "softcap": softcap or 0.0,
     }
     constants = {

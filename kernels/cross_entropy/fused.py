@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..op import flop_formula
 from ..operator import operator
-from .cost import cost
+from .cost import backward_flops, forward_flops
 
 
 @operator("linear_cross_entropy_triton")
@@ -34,10 +34,10 @@ def _(x, weight, target, *_):
 @operator("linear_cross_entropy_triton_backward")
 def backward(
     grad: Tensor,
-    log_sum: Tensor,
     x: Tensor,
     weight: Tensor,
     target: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     smoothing: float,
     z_loss: float,
@@ -48,18 +48,18 @@ def backward(
     """Gradients of x [N, d] and weight [V, d] for the incoming gradients ``grad`` [N] of the tokens' losses."""
     from .backward import backward as launch
 
-    return launch(grad, log_sum, x, weight, target, ignore_index, smoothing, z_loss, softcap, threshold, chunk)
+    return launch(grad, x, weight, target, log_sum, ignore_index, smoothing, z_loss, softcap, threshold, chunk)
 
 
 @backward.register_fake
-def _(grad, log_sum, x, weight, *_):
+def _(grad, x, weight, *_):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
     x, weight, target, *ctx.rest = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], x, weight, target)
+    ctx.save_for_backward(x, weight, target, output[1])
 
 
 def _differentiate(ctx, grad, _):
@@ -67,11 +67,8 @@ def _differentiate(ctx, grad, _):
 
 
 forward.register_autograd(_differentiate, setup_context=_keep)
-flop_formula(torch.ops.palimpsest.linear_cross_entropy_triton, lambda x, weight, *_, out_shape: cost(x, weight).flops)
-flop_formula(
-    torch.ops.palimpsest.linear_cross_entropy_triton_backward,
-    lambda grad, log_sum, x, weight, *_, out_shape: cost(x, weight, reduction="none", backward=True).flops,
-)
+flop_formula(torch.ops.palimpsest.linear_cross_entropy_triton, forward_flops)
+flop_formula(torch.ops.palimpsest.linear_cross_entropy_triton_backward, backward_flops)
 
 
 def linear_cross_entropy(

@@ -17,7 +17,7 @@ def plan(vocabulary: int, *, tokens: int = 32768, width: int = 1024, **options: 
 
 PLANS: dict[str, Callable[[], None]] = {
     "d1024_v32k_bf16": lambda: plan(32768),
-    "d1024_v128k_bf16": lambda: plan(131072),
-    "d1024_v128k_filter_bf16": lambda: plan(131072, filter=2**-12),
-    "d1024_v32k_smoothing_z_softcap_bf16": lambda: plan(32768, label_smoothing=0.1, z_loss=1e-4, softcap=30.0),
+    "d1024_v32k_filter_smoothing_z_softcap_one_span_bf16": lambda: plan(
+        32768, filter=2**-12, label_smoothing=0.1, z_loss=1e-4, softcap=30.0, chunk=32768
+    ),
 }

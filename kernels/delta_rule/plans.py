@@ -7,9 +7,8 @@ from . import delta_rule
 
 PLANS: dict[str, Callable[[], None]] = {
     "gated_d64_c64_bf16": lambda: plan(delta_rule, delta=True),
-    "gated_d128_packed_state_c64_bf16": lambda: plan(
-        delta_rule, delta=True, key_dim=128, value_dim=128, heads=8, packed=True
+    "plain_d128_packed_state_c64_bf16": lambda: plan(
+        delta_rule, delta=True, decay=False, key_dim=128, value_dim=128, heads=8, packed=True
     ),
-    "plain_d64_dv256_c64_bf16": lambda: plan(delta_rule, delta=True, decay=False, value_dim=256, heads=8),
     "gated_d128_decode_bf16": lambda: decode(delta_rule, delta=True),
 }

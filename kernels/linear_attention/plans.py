@@ -6,10 +6,8 @@ from ..linear_memory.planned import decode, plan
 from . import linear_attention
 
 PLANS: dict[str, Callable[[], None]] = {
-    "decay_d64_c64_bf16": lambda: plan(linear_attention, delta=False),
     "decay_d128_packed_state_c64_bf16": lambda: plan(
         linear_attention, delta=False, key_dim=128, value_dim=128, heads=8, packed=True
     ),
-    "plain_d64_dv256_c64_bf16": lambda: plan(linear_attention, delta=False, decay=False, value_dim=256, heads=8),
     "decay_d128_decode_bf16": lambda: decode(linear_attention, delta=False),
 }

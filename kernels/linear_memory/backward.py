@@ -233,19 +233,19 @@ def delta_gradients(
 
 
 def _written_configs(constants: Mapping[str, Any]) -> list[Config]:
-    return configs(constants, (64, 4, 2), (64, 8, 2), (32, 4, 2))
+    return configs(constants, (64, 4, 2))
 
 
 def _states_configs(constants: Mapping[str, Any]) -> list[Config]:
     first = (32, 4, 2) if constants["D"] <= 64 else (16, 4, 2)
-    return configs(constants, first, (32, 4, 1), (64, 8, 2))
+    return configs(constants, first, (64, 8, 2))
 
 
 def _gradients_configs(constants: Mapping[str, Any]) -> list[Config]:
     """Tiles of C² and C·D numbers are held through the loops: wide ones want the registers of eight warps."""
     if constants["D"] * constants["C"] <= 4096:
-        return configs(constants, (32, 4, 1), (32, 8, 1), (32, 8, 2))
-    return configs(constants, (32, 8, 2), (16, 8, 1))
+        return configs(constants, (32, 4, 1), (32, 8, 1))
+    return configs(constants, (32, 8, 2))
 
 
 WRITTEN = Kernel(memory_written_backward, _written_configs, canary.backward)

@@ -56,7 +56,7 @@ def memory_steps(
 
 
 def _configs(constants: Mapping[str, Any]) -> list[Config]:
-    return configs(constants, (32, 4, 1), (16, 4, 1), (16, 2, 1), (64, 8, 1))
+    return configs(constants, (32, 4, 1), (16, 4, 1))
 
 
 STEPS = Kernel(memory_steps, _configs, canary.decode)

@@ -31,6 +31,9 @@ def step_gates(theta_ptr, retain_ptr, momentum_ptr, at, valid, RETENTION: tl.con
     return theta, log_a, log_n
 
 
+SIDE = tl.constexpr(16)  # tokens that a product takes at a time
+
+
 @triton.jit
 def decays(later, earlier, mask):
     """exp(later − earlier) where ``mask``, else 0; nothing is divided by a cumulative product."""
@@ -89,6 +92,7 @@ def neural_memory_gates_backward(
     """Gradients of θ, log a and log η from those of what :func:`neural_memory_gates` computes, laid out alike.
 
     Every L is exp of a difference, so its gradient times itself flows to the later sum and from the earlier one.
+    Products go through their depth SIDE tokens at a time: operands as wide as a step do not fit in registers.
     """
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -99,7 +103,7 @@ def neural_memory_gates_backward(
         at = token * H + h
         theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, at, valid, RETENTION, MOMENTUM)
         slot = step_slot(j, n, begin, place, C) * H + h
-        d_write = tl.load(d_write_ptr + slot * (C * C) + i[:, None] * C + i[None, :]).to(tl.float32)
+        square = d_write_ptr + slot * (C * C)
         d_retain = tl.load(d_vectors_ptr + slot * (4 * C) + i)
         d_end_write = tl.load(d_vectors_ptr + slot * (4 * C) + 2 * C + i)
         total = tl.cumsum(log_a, 0)
@@ -116,33 +120,52 @@ def neural_memory_gates_backward(
             inner = tl.cumsum(log_n, 0)
             inner_last = tl.sum(log_n, 0)
             inertia = tl.exp(inner)
+            d_decay, d_kept = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+            earlier_a, earlier_n = 0.0, 0.0
+            for part in range(C // SIDE):
+                tokens, there = step_tokens(j * (C // SIDE) + part, begin, length, place, SIDE)
+                theta_s, log_a_s, log_n_s = step_gates(
+                    theta_ptr, retain_ptr, momentum_ptr, tokens * H + h, there, RETENTION, MOMENTUM
+                )
+                inner_s = earlier_n + tl.cumsum(log_n_s, 0)
+                read_s = earlier_a + tl.cumsum(log_a_s, 0)
+                if LATE:
+                    read_s -= log_a_s
+                earlier_a, earlier_n = earlier_a + tl.sum(log_a_s, 0), earlier_n + tl.sum(log_n_s, 0)
+                s = part * SIDE + tl.arange(0, SIDE)
+                # Transposes are computed as such: a product's operand is never the transpose of another's result.
+                momentum_write_t = decays(inner[None, :], inner_s[:, None], s[:, None] <= i[None, :]) * theta_s[:, None]
+                columns = tl.load(square + i[:, None] * C + s[None, :]).to(tl.float32)
+                d_decay = tl.dot(columns, momentum_write_t, d_decay, input_precision=GATE_PRECISION)
+                decay_t = decays(read_s[None, :], total[:, None], (i[:, None] <= s[None, :] - LATE) & valid[:, None])
+                lines = tl.load(square + s[:, None] * C + i[None, :]).to(tl.float32)
+                d_kept = tl.dot(decay_t, lines, d_kept, input_precision=GATE_PRECISION)
+            d_decay += d_carry[:, None] * inertia[None, :]
+            flow = d_decay * decay
+            flow_in, flow_out = tl.sum(flow, 1), tl.sum(flow, 0)
+            d_inertia = tl.sum(decay * d_carry[:, None], 0) + ending * d_end_carry
+            d_kept += ending[:, None] * d_end_write[None, :]
             kept = decays(inner[:, None], inner[None, :], i[None, :] <= i[:, None])
             momentum_write = kept * theta[None, :]
-            # The transposes are computed as such: a product's operand is never the transpose of another's result.
-            momentum_write_t = decays(inner[None, :], inner[:, None], i[:, None] <= i[None, :]) * theta[:, None]
-            decay_t = decays(read[None, :], total[:, None], (i[:, None] <= i[None, :] - LATE) & valid[:, None])
-            d_decay = tl.dot(d_write, momentum_write_t, input_precision=GATE_PRECISION)
-            d_decay += d_carry[:, None] * inertia[None, :]
-            d_kept = tl.dot(decay_t, d_write, input_precision=GATE_PRECISION) + ending[:, None] * d_end_write[None, :]
             d_ending = tl.sum(momentum_write * d_end_write[None, :], 1) + d_end_carry * inertia
             remaining = tl.exp(inner_last - inner)
             d_theta = tl.sum(d_kept * kept, 0) + d_end_momentum * remaining
             flow = d_kept * momentum_write
             ended = d_end_momentum * remaining * theta
-            d_inertia = tl.sum(decay * d_carry[:, None], 0) + ending * d_end_carry
             d_inner = tl.sum(flow, 1) - tl.sum(flow, 0) + d_inertia * inertia - ended
             d_log = tl.cumsum(d_inner, 0, reverse=True) + tl.sum(ended, 0) + d_end_inertia * tl.exp(inner_last)
             tl.store(d_momentum_ptr + at, d_log, mask=valid)
-            flow = d_decay * decay
         else:
+            d_write = tl.load(square + i[:, None] * C + i[None, :]).to(tl.float32)
             d_theta = tl.sum(d_write * decay, 0) + d_end_write * ending
             d_ending = d_end_write * theta
             flow = d_write * decay * theta[None, :]
+            flow_in, flow_out = tl.sum(flow, 1), tl.sum(flow, 0)
         tl.store(d_theta_ptr + at, d_theta, mask=valid)
         if RETENTION:
             ended = d_ending * ending
-            d_read = tl.sum(flow, 1) + d_retain * tl.exp(read)
-            d_log = tl.cumsum(d_read - tl.sum(flow, 0) - ended, 0, reverse=True) + tl.sum(ended, 0)
+            d_read = flow_in + d_retain * tl.exp(read)
+            d_log = tl.cumsum(d_read - flow_out - ended, 0, reverse=True) + tl.sum(ended, 0)
             d_log += tl.load(d_ends_ptr + slot * 4) * tl.exp(last)
             if LATE:  # the sum at a read stops one token short
                 d_log -= d_read

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import check
 from ..op import register
-from . import chunked, fused, reference
+from . import operator, reference
 from .cost import cost
 
 __all__ = ["newton_schulz"]
@@ -13,11 +13,11 @@ OPERATION = register(
     "newton_schulz",
     cost=cost,
     reference=reference.newton_schulz,
-    torch=chunked.newton_schulz,
-    triton=fused.newton_schulz,
+    torch=operator.newton_schulz,
+    triton=operator.newton_schulz_triton,
 )
 
-NARROW, WIDE = 64, 128  # matrices that one program of the Triton kernels holds
+NARROW, WIDE = 128, 512  # a program of the Triton kernels goes through all of a matrix
 
 
 def newton_schulz(
@@ -43,7 +43,7 @@ def newton_schulz(
         steps: >= 0.
         coefficients: (a, b, c).
         eps: > 0; a matrix of zeros stays one, and its gradient finite.
-        backend: "reference", "torch" or "triton" (not float64; m, n <= 128, one of them <= 64); None: see
+        backend: "reference", "torch" or "triton" (not float64; m, n <= 512, one of them <= 128); None: see
             :func:`palimpsest.kernels.backend.resolve`.
 
     Returns: the last X, in x's shape and dtype.

@@ -4,9 +4,6 @@ import torch
 from torch import Tensor
 
 from ..check import compute_dtype
-from ..op import flop_formula
-from ..operator import operator
-from .cost import cost
 
 
 def start(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -24,7 +21,6 @@ def polynomial(y: Tensor, b: float, c: float) -> tuple[Tensor, Tensor]:
     return square, torch.baddbmm(square, square, square, beta=b, alpha=c)
 
 
-@operator("newton_schulz")
 def forward(x: Tensor, steps: int, a: float, b: float, c: float, eps: float) -> Tensor:
     """The last iterate, in x's shape [N, m, n]."""
     y, _ = start(x, eps)
@@ -39,12 +35,6 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
     return y.to(x.dtype).contiguous()
 
 
-@forward.register_fake
-def _(x, steps, a, b, c, eps):
-    return x.new_empty(x.shape)
-
-
-@operator("newton_schulz_backward")
 def backward(grad: Tensor, x: Tensor, steps: int, a: float, b: float, c: float, eps: float) -> Tensor:
     """Gradient of x. With G that of Y' = a Y + P Y, where P = b A + c A^2, and Q = G Y^T + Y G^T:
 
@@ -67,30 +57,3 @@ def backward(grad: Tensor, x: Tensor, steps: int, a: float, b: float, c: float, 
         g = torch.baddbmm(torch.baddbmm(g, p, g, beta=a), r, y)
     along = (g * iterates[0]).sum((1, 2), keepdim=True)
     return _like((g - iterates[0] * along) * factor, x)
-
-
-@backward.register_fake
-def _(grad, x, steps, a, b, c, eps):
-    return x.new_empty(x.shape)
-
-
-def _keep(ctx, inputs, output) -> None:
-    x, *ctx.rest = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate(ctx, grad):
-    return backward(grad, *ctx.saved_tensors, *ctx.rest), *(None for _ in range(5))
-
-
-forward.register_autograd(_differentiate, setup_context=_keep)
-flop_formula(torch.ops.palimpsest.newton_schulz, lambda x, steps, *_, out_shape: cost(x, steps).flops)
-flop_formula(
-    torch.ops.palimpsest.newton_schulz_backward,
-    lambda grad, x, steps, *_, out_shape: cost(x, steps, backward=True).flops,
-)
-
-
-def newton_schulz(x: Tensor, steps: int, a: float, b: float, c: float, eps: float) -> Tensor:
-    """The registered operator."""
-    return forward(x, steps, a, b, c, eps)

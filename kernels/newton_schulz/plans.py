@@ -15,6 +15,5 @@ def plan(*shape: int) -> None:
 
 
 PLANS: dict[str, Callable[[], None]] = {
-    "m64_n64_bf16": lambda: plan(8, 64, 16, 64, 64),
-    "m128_n64_bf16": lambda: plan(8, 64, 8, 128, 64),
+    "m512_n128_bf16": lambda: plan(8, 16, 128, 512),
 }

@@ -2,25 +2,28 @@
 
 ``budgets.json`` beside this file holds what each kernel compiled to when its figures were last accepted, by plan,
 kernel, configuration and architecture, for one version of Triton. A compilation that is worse is a problem: it names
-what it was and what it may be. A new configuration may use what the known ones of its kernel use; a new kernel must
-compile, fit a multiprocessor and not spill; ``--update`` writes it down.
+what it was and what it may be. So is one without a budget, a budget that nothing is compiled for, and a kernel of a
+plan that spills on some architecture with every configuration, unless the file's ``spilling`` names it with the spills
+that are accepted. ``--update`` writes down what is compiled, but for ``spilling``, which is edited by hand.
 
-    python -m palimpsest.kernels.profile budgets [--quick 180] [--update] [--arch 80 90 100] [--only TEXT] [--jobs 2]
+    python -m palimpsest.kernels.profile budgets [--update] [--arch 80 90 100] [--only TEXT] [--jobs 2]
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .offline import ARCHES, Facts
-from .plans import Entry, Key, collect, compile_all, discover, quick
+from .plans import Entry, Key, collect, compile_all, discover
 
 FILE = Path(__file__).with_name("budgets.json")
 REGISTERS_MORE = 16  # a small change of a kernel moves its registers by a few
 SHARE_KEPT = 0.75  # of the matrix instructions, and of the mean width of a load
+UNUSABLE = 1 << 30  # spills of what does not run at all
+Place = tuple[str, str, str]  # plan, kernel, architecture
 
 
 @dataclass(frozen=True)
@@ -51,37 +54,13 @@ class Budget:
         )
 
 
-def budget_of(entry: Entry, budgets: Mapping[Key, Budget]) -> Budget | None:
-    """The budget of a compilation; of a new configuration what the others of its plan, kernel and architecture may use.
-
-    A changed list of configurations must not hide a kernel that got worse, nor refuse one that got better.
-    """
-    if entry.key in budgets:
-        return budgets[entry.key]
-    plan, kernel, _, arch = entry.key
-    others = [budget for key, budget in budgets.items() if (key[0], key[1], key[3]) == (plan, kernel, arch)]
-    if not others:
-        return None
-    most = {name: max(getattr(b, name) for b in others) for name in ("registers", "stack", "spills", "shared")}
-    return Budget(
-        **most,
-        programs=min(b.programs for b in others),
-        load_bits=min(b.load_bits for b in others),
-        matrix={},
-    )
-
-
 def problems(facts: Facts, budget: Budget | None) -> list[str]:
-    """In what a compilation is worse than its budget, or than any kernel may be where it has none."""
+    """In what a compilation is worse than its budget; without one that is the problem."""
     if facts.error:
         return [f"does not compile: {facts.error.splitlines()[0]}"]
-    found = []
     if budget is None:
-        if facts.spills:
-            found.append(f"spills: {facts.spills} instructions, and nothing is accepted in {FILE.name}")
-        if not facts.programs:
-            found.append(f"does not fit a multiprocessor: {facts.limit}")
-        return found
+        return ["no budget; --update writes it"]
+    found = []
     for name, may in (("stack", budget.stack), ("spills", budget.spills), ("shared", budget.shared)):
         if getattr(facts, name) > may:
             found.append(f"{name}: {getattr(facts, name)}, at most {may}")
@@ -99,19 +78,34 @@ def problems(facts: Facts, budget: Budget | None) -> list[str]:
     return found
 
 
-def read(path: Path) -> tuple[str | None, dict[Key, Budget]]:
-    """The Triton version and the budgets of a file; nothing when it does not exist."""
-    if not path.exists():
-        return None, {}
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    return whole["triton"], {tuple(line["of"]): Budget(**line["budget"]) for line in whole["budgets"]}
+@dataclass
+class Budgets:
+    """What ``budgets.json`` holds: the Triton they are for, all budgets, and the least spills of places that have them.
 
+    An empty one when the file does not exist.
+    """
 
-def write(path: Path, version: str, budgets: Mapping[Key, Budget]) -> None:
-    """Write a file, a line per budget, sorted."""
-    lines = [json.dumps({"of": list(key), "budget": vars(budgets[key])}) for key in sorted(budgets)]
-    text = ",\n  ".join(lines)
-    path.write_text(f'{{"triton": {json.dumps(version)},\n "budgets": [\n  {text}\n ]}}\n', encoding="utf-8")
+    triton: str | None
+    budgets: dict[Key, Budget]
+    spilling: dict[Place, int]
+
+    @staticmethod
+    def read(path: Path) -> "Budgets":
+        """Read a file."""
+        if not path.exists():
+            return Budgets(None, {}, {})
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        budgets = {tuple(line["of"]): Budget(**line["budget"]) for line in whole["budgets"]}
+        return Budgets(whole["triton"], budgets, {tuple(line["of"]): line["spills"] for line in whole["spilling"]})
+
+    def write(self, path: Path) -> None:
+        """Write a file, a line per budget, sorted."""
+        known = [{"of": list(key), "budget": vars(self.budgets[key])} for key in sorted(self.budgets)]
+        spill = [{"of": list(place), "spills": self.spilling[place]} for place in sorted(self.spilling)]
+        parts = [f'"triton": {json.dumps(self.triton)}']
+        for name, lines in (("spilling", spill), ("budgets", known)):
+            parts.append(f'"{name}": [{",".join(f"{chr(10)}  {json.dumps(line)}" for line in lines)}]')
+        path.write_text("{" + ",\n ".join(parts) + "}\n", encoding="utf-8")
 
 
 def table(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> str:
@@ -127,26 +121,47 @@ def table(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def spilling(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> list[str]:
-    """The kernels of plans that have no configuration without spills, by architecture; of configurations compiled."""
-    least: dict[tuple[str, str, str], int] = {}
+def least_spills(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> dict[Place, int]:
+    """The fewest spills that any configuration of a plan's kernel has on an architecture, where none has none.
+
+    A configuration that does not compile or fit is none.
+    """
+    least: dict[Place, int] = {}
     for entry in entries:
-        key = (entry.plan, entry.kernel, f"sm_{entry.job.arch}")
-        found = facts[entry.job]
-        count = found.spills if not found.error and found.programs else 1 << 30
-        least[key] = min(count, least.get(key, 1 << 30))
-    return [" ".join(key) for key, count in least.items() if count]
+        place, found = (entry.plan, entry.kernel, f"sm_{entry.job.arch}"), facts[entry.job]
+        count = found.spills if not found.error and found.programs else UNUSABLE
+        least[place] = min(count, least.get(place, UNUSABLE))
+    return {place: count for place, count in least.items() if count}
+
+
+def complaints(
+    entries: Sequence[Entry], facts: Mapping[Any, Facts], known: Budgets, within: Callable[[str, str], bool]
+) -> list[str]:
+    """All that is wrong, a line each; ``within(plan, architecture)`` says what the entries are all of."""
+    lines = []
+    for entry in entries:
+        worse = problems(facts[entry.job], known.budgets.get(entry.key))
+        lines += [f"WORSE {' '.join(entry.key)}: {what}" for what in worse]
+    here = {entry.key for entry in entries}
+    gone = [key for key in known.budgets if key not in here and within(key[0], key[3])]
+    lines += [f"GONE {' '.join(key)}: a budget for what is not compiled; --update removes it" for key in gone]
+    spills = least_spills(entries, facts)
+    accepted = {place: count for place, count in known.spilling.items() if within(place[0], place[2])}
+    for place in sorted({*spills, *accepted}):
+        found, may = spills.get(place, 0), accepted.get(place, 0)
+        if found != may:
+            lines.append(f"SPILLS {' '.join(place)}: {found} with every configuration, accepted are {may}")
+    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--update", action="store_true", help="accept what is compiled now")
-    parser.add_argument("--quick", type=float, metavar="SECONDS", help="a part that takes about so long to compile")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHES))
     parser.add_argument("--only", default="", help="plans whose name holds this text")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--file", type=Path, default=FILE)
-    parser.add_argument("--modules", nargs="+", default=[], help="modules with PLANS, instead of the operations' own")
+    parser.add_argument("--modules", nargs="+", default=[], help="modules with PLANS, for a FILE of theirs")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -155,26 +170,25 @@ def main(args: argparse.Namespace) -> int:
 
     plans = {name: plan for name, plan in discover(args.modules).items() if args.only in name}
     entries, refused = collect(plans, args.arch)
-    version, budgets = read(args.file)
-    if args.quick:
-        entries = quick(entries, {key: budget.seconds for key, budget in budgets.items()}, args.quick)
     facts = compile_all([entry.job for entry in entries], args.jobs)
     print(table(entries, facts))
-    for line in spilling(entries, facts):
-        print(f"no configuration without spills among these: {line}")
+    known = Budgets.read(args.file)
+    arches = [f"sm_{arch}" for arch in args.arch]
+
+    def within(plan: str, arch: str) -> bool:
+        return args.only in plan and arch in arches
+
     if args.update:
-        whole = not (args.only or args.quick or args.arch != list(ARCHES))
-        made = {e.key: Budget.of(facts[e.job]) for e in entries if not facts[e.job].error}
-        write(args.file, triton.__version__, {**({} if whole else budgets), **made})
-        version, budgets = read(args.file)
+        made = {entry.key: Budget.of(facts[entry.job]) for entry in entries if not facts[entry.job].error}
+        kept = {key: budget for key, budget in known.budgets.items() if not within(key[0], key[3])}
+        known = Budgets(triton.__version__, {**kept, **made}, known.spilling)
+        known.write(args.file)
         print(f"{len(made)} budgets written to {args.file}")
-    if version not in (None, triton.__version__):
-        print(f"the budgets are for Triton {version}; this is {triton.__version__}, which may compile otherwise")
-    wrong = [(e.key, what) for e in entries for what in problems(facts[e.job], budget_of(e, budgets))]
-    for key, what in wrong:
-        print(f"WORSE {' '.join(key)}: {what}")
-    for line in refused:
-        print(f"REFUSED {line}")
-    unknown = sum(entry.key not in budgets for entry in entries)
-    print(f"{len(entries)} compilations of {len(plans)} plans, {len(wrong)} problems; {unknown} without a budget")
-    return 1 if wrong or refused or not entries else 0
+    if known.triton not in (None, triton.__version__):
+        print(f"the budgets are for Triton {known.triton}; this is {triton.__version__}, which may compile otherwise")
+    wrong = [*complaints(entries, facts, known, within), *(f"REFUSED {line}" for line in refused)]
+    for line in wrong:
+        print(line)
+    seconds = sum(facts[job].seconds for job in dict.fromkeys(entry.job for entry in entries))
+    print(f"{len(entries)} compilations of {len(plans)} plans in {seconds:.0f} s, {len(wrong)} problems")
+    return 1 if wrong or not entries else 0

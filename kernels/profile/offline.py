@@ -21,7 +21,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from . import sass
 from .gpus import MULTIPROCESSORS, occupancy
 
 ARCHES = (80, 90, 100)
+BATCH = 32  # kernels whose machine code is read at a time
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,42 @@ def compile_launch(launch: Launch, arch: int, config: Config | None = None) -> F
 
 
 def compile_job(job: Job) -> Facts:
-    """Compile a job, or find what its last compilation gave; an error of the compiler is in ``Facts.error``."""
+    """Compile one job; see :func:`compile_jobs`."""
+    return compile_jobs([job])[job]
+
+
+def compile_jobs(jobs: Sequence[Job]) -> dict[Job, Facts]:
+    """Compile jobs one after another, or find what their last compilation gave.
+
+    An error of the compiler is in ``Facts.error``. The machine code is read ``BATCH`` kernels at a time: to start the
+    disassembler takes as long as to compile a small kernel.
+    """
+    found = {}
+    for start in range(0, len(jobs), BATCH):
+        made = {}
+        for job in jobs[start : start + BATCH]:
+            facts = _compile(job)
+            if isinstance(facts, Facts):
+                found[job] = facts
+            else:
+                made[job] = facts
+        for arch in dict.fromkeys(job.arch for job in made):
+            found.update(_read({job: binary for job, binary in made.items() if job.arch == arch}, arch))
+    return {job: found[job] for job in jobs}
+
+
+@dataclass
+class _Binary:
+    """A compiled kernel: its cubin and Triton's metadata, the seconds it took, and where its facts are kept."""
+
+    cubin: bytes
+    metadata: Any
+    seconds: float
+    cached: Path
+
+
+def _compile(job: Job) -> "Facts | _Binary":
+    """The facts of a job where they are kept or there is an error, or else its machine code."""
     import triton
     from triton.compiler import ASTSource
     from triton.runtime.errors import TritonError
@@ -158,12 +194,7 @@ def compile_job(job: Job) -> Facts:
             made = triton.compile(source, target=_target(job.arch), options=options.__dict__)
     except (TritonError, RuntimeError, ValueError, AssertionError) as error:  # all that its passes and ptxas raise
         return Facts(error=f"{type(error).__name__}: {error}"[:2000], seconds=time.perf_counter() - start)
-    facts = _facts(made, job, time.perf_counter() - start)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
-        json.dump(asdict(facts), file)
-    os.replace(file.name, cached)
-    return facts
+    return _Binary(made.asm["cubin"], made.metadata, time.perf_counter() - start, cached)
 
 
 def _target(arch: int) -> Any:
@@ -187,25 +218,41 @@ def _cache_file(*parts: str) -> Path:
     return folder / "offline" / f"{digest}.json"
 
 
-def _facts(made: Any, job: Job, seconds: float) -> Facts:
-    """Read a compiled kernel."""
+def _read(made: Mapping[Job, _Binary], arch: int) -> dict[Job, Facts]:
+    """Read the machine code of kernels for one architecture, and keep what it says."""
     from triton import knobs
 
+    found = {}
+    codes = [sass.instructions(binary.cubin) for binary in made.values()]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(made.asm["cubin"])
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", path)
-        code = sass.read(_run(knobs.nvidia.nvdisasm.path, "-c", path))
-    found = re.search(rf"Function {re.escape(made.metadata.name)}:\s+REG:(\d+) STACK:(\d+)", usage)
+        path = Path(folder) / "code"
+        path.write_bytes(b"".join(codes))
+        text = _run(knobs.nvidia.nvdisasm.path, "-b", f"SM{arch}{'a' if arch >= 90 else ''}", path)
+        for (job, binary), code in zip(made.items(), sass.read(text, [len(code) for code in codes]), strict=True):
+            path.write_bytes(binary.cubin)
+            found[job] = _facts(job, binary, _run(knobs.nvidia.cuobjdump.path, "-res-usage", path), code)
+    for job, facts in found.items():
+        cached = made[job].cached
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
+            json.dump(asdict(facts), file)
+        os.replace(file.name, cached)
+    return found
+
+
+def _facts(job: Job, binary: _Binary, usage: str, code: sass.Code) -> Facts:
+    """What a kernel's resources, as ``cuobjdump`` prints them, and its instructions come to."""
+    metadata = binary.metadata
+    found = re.search(rf"Function {re.escape(metadata.name)}:\s+REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"no resource usage of {job.kernel} in what cuobjdump printed: {usage[:500]!r}")
     registers, stack = int(found[1]), int(found[2])
-    tensor_memory = getattr(made.metadata, "tmem_size", 0) or 0
+    tensor_memory = getattr(metadata, "tmem_size", 0) or 0
     programs, limit = occupancy(
         job.arch,
-        warps=made.metadata.num_warps,
+        warps=metadata.num_warps,
         registers=registers,
-        shared=made.metadata.shared,
+        shared=metadata.shared,
         tensor_memory=tensor_memory,
     )
     return Facts(
@@ -213,18 +260,18 @@ def _facts(made: Any, job: Job, seconds: float) -> Facts:
         stack=stack,
         spill_loads=code.spill_loads,
         spill_stores=code.spill_stores,
-        shared=made.metadata.shared,
+        shared=metadata.shared,
         tensor_memory=tensor_memory,
         programs=programs,
         limit=limit,
-        occupancy=programs * made.metadata.num_warps / MULTIPROCESSORS[job.arch].warps,
+        occupancy=programs * metadata.num_warps / MULTIPROCESSORS[job.arch].warps,
         instructions=code.instructions,
         ffma=code.ffma,
         matrix=dict(code.matrix),
         loads=dict(code.loads),
         stores=dict(code.stores),
         mix=dict(code.mix),
-        seconds=seconds,
+        seconds=binary.seconds,
     )
 
 

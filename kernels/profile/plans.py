@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from ..launch import Launch, planning
-from .offline import ARCHES, Facts, Job, compile_job, specialise_launch
+from .offline import ARCHES, Facts, Job, compile_jobs, specialise_launch
 
 PACKAGE = __package__.rpartition(".")[0]
+SHARE = 8  # jobs that a process takes at a time
 Key = tuple[str, str, str, str]
 
 
@@ -84,33 +85,12 @@ def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARC
     return entries, refused
 
 
-def quick(entries: Sequence[Entry], seconds: Mapping[Key, float], limit: float) -> list[Entry]:
-    """A part that is cheap to compile: ``limit`` seconds together, by what each took when it was last written down.
-
-    For every kernel and architecture the cheapest plan and configuration that is written down, whatever it takes, or
-    the first where none is; then, as far as the time goes, what is written down of the preferred configurations for
-    Hopper, the cheapest first.
-    """
-    known = [entry for entry in entries if entry.key in seconds]
-    chosen: dict[tuple[str, int], Entry] = {}
-    for entry in (*sorted(known, key=lambda entry: seconds[entry.key]), *entries):
-        chosen.setdefault((entry.job.kernel, entry.job.arch), entry)
-    found = list(chosen.values())
-    left = limit - sum(seconds.get(entry.key, 0.0) for entry in found)
-    rest = [entry for entry in known if entry.preferred and entry.job.arch == 90 and entry not in found]
-    for entry in sorted(rest, key=lambda entry: seconds[entry.key]):
-        left -= seconds[entry.key]
-        if left < 0:
-            break
-        found.append(entry)
-    return found
-
-
 def compile_all(jobs: Collection[Job], workers: int = 1) -> dict[Job, Facts]:
     """Compile each job once, on several processes; in this one for ``workers`` = 1."""
     distinct = list(dict.fromkeys(jobs))
     if workers == 1 or len(distinct) < 2:
-        return {job: compile_job(job) for job in distinct}
+        return compile_jobs(distinct)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(distinct)), mp_context=context) as pool:
-        return dict(zip(distinct, pool.map(compile_job, distinct), strict=True))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        parts = pool.map(compile_jobs, [distinct[i : i + SHARE] for i in range(0, len(distinct), SHARE)])
+        return {job: facts for part in parts for job, facts in part.items()}

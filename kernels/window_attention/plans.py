@@ -32,7 +32,5 @@ def plan(width: int, *, window: int | None, extras: bool, batch: int = 8, length
 
 PLANS: dict[str, Callable[[], None]] = {
     "d64_w512_bf16": lambda: plan(64, window=512, extras=False),
-    "d128_full_bf16": lambda: plan(128, window=None, extras=False),
-    "d64_w512_prefix_cache_packed_bf16": lambda: plan(64, window=512, extras=True),
     "d128_w512_prefix_cache_packed_bf16": lambda: plan(128, window=512, extras=True),
 }

@@ -92,7 +92,8 @@ def test_links_exist() -> None:
 def test_console_scripts_exist() -> None:
     """Every installed command leads to a function, and the documents name no other."""
     commands = importlib.metadata.distribution("palimpsest").entry_points.select(group="console_scripts")
-    assert {"palimpsest-train", "palimpsest-data", "palimpsest-eval", "palimpsest-generate"} <= set(commands.names)
+    known = {"palimpsest-train", "palimpsest-data", "palimpsest-eval", "palimpsest-generate", "palimpsest-profile"}
+    assert known <= set(commands.names)
     for command in commands:
         assert callable(command.load()), command.name
     assert {name for _, name in said(r"\b(palimpsest-[a-z]+)\b")} <= set(commands.names)

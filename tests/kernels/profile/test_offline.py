@@ -18,17 +18,23 @@ SCRIPT = """
 import json, sample
 from dataclasses import asdict
 from palimpsest.kernels.launch import planning
-from palimpsest.kernels.profile.offline import compile_job, specialise_launch
+from palimpsest.kernels.profile.offline import compile_job, compile_jobs, specialise_launch
 
-found = {}
+jobs = {}
 for name, plan in sample.PLANS.items():
     with planning() as launches:
         plan()
     for arch in (80, 90, 100) if name == "product_bf16" else (90,):
-        job = specialise_launch(launches[0], arch)
-        found[f"{name}/{arch}"] = asdict(job), asdict(compile_job(job))
-print(json.dumps(found))
+        jobs[f"{name}/{arch}"] = specialise_launch(launches[0], arch)
 """
+ALONE = SCRIPT + "print(json.dumps({name: (asdict(job), asdict(compile_job(job))) for name, job in jobs.items()}))"
+TOGETHER = (
+    SCRIPT
+    + """
+facts = compile_jobs([*jobs.values()])
+print(json.dumps({name: asdict(facts[job]) for name, job in jobs.items()}))
+"""
+)
 
 
 def outside(script: str, cache: Path) -> str:
@@ -45,7 +51,7 @@ def outside(script: str, cache: Path) -> str:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The sample kernels' jobs and facts, by plan and architecture; compiled, and then found in the cache."""
     cache = tmp_path_factory.mktemp("cache")
-    first, second = (json.loads(outside(SCRIPT, cache)) for _ in range(2))
+    first, second = (json.loads(outside(ALONE, cache)) for _ in range(2))
     assert first == second, "what the cache holds is what was compiled, to the time it took"
     return first
 
@@ -107,11 +113,27 @@ LINES = """
 
 
 def test_instructions_are_read() -> None:
-    code = sass.read(LINES)
+    (code,) = sass.read(LINES, [0x2D0])
     assert code.instructions == 9
     assert code.loads == {"128": 1, "16": 1, "32": 1, "64": 1, "bulk": 1}
     assert code.matrix == {"UTCHMMA": 1} and code.spill_stores == 1 and code.spill_loads == 0 and code.ffma == 1
     assert code.mix["integer and address"] == 1 and code.mix["global load"] == 5
+
+
+def test_kernels_that_are_read_together_stay_apart() -> None:
+    first, none, second = sass.read(LINES, [0x250, 0, 0x80])
+    assert first.instructions == 2 and first.loads == {"128": 1}
+    assert (
+        none.instructions == 0 and second.instructions == 7 and second.loads == {"16": 1, "32": 1, "64": 1, "bulk": 1}
+    )
+
+
+def test_what_is_compiled_together_is_what_is_compiled_alone(compiled: dict, tmp_path: Path) -> None:
+    """Jobs of all architectures in turn, so that the machine code of each is read among that of others."""
+    together = json.loads(outside(TOGETHER, tmp_path))
+    assert set(together) == set(compiled)
+    for name, (_, alone) in compiled.items():
+        assert {**together[name], "seconds": 0} == {**alone, "seconds": 0}, name
 
 
 @pytest.mark.parametrize(

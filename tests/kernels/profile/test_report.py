@@ -14,7 +14,7 @@ from harness import error
 from palimpsest.kernels.op import OPERATIONS
 from palimpsest.kernels.profile import html, report
 from palimpsest.kernels.profile.gpus import GPUS
-from palimpsest.kernels.profile.plans import entries_of, launches_of, quick
+from palimpsest.kernels.profile.plans import launches_of
 from palimpsest.kernels.profile.workloads import (
     WORKLOADS,
     Draw,
@@ -119,31 +119,3 @@ def test_the_page_needs_nothing_else(written: tuple[str, dict, str]) -> None:
     assert page.count("<svg") == 1 and page.count("<circle") == 4, "ideal and actual, forward and backward"
     assert not re.search(r"<script|<link|<img|https?://|@import|url\(", page)
     assert "short_conv_forward" in page and page == html.page(whole)
-
-
-def test_a_quick_part_has_every_kernel_and_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs by plan: 10 s, 1 s, 2 s; the second configuration of the product takes a second less."""
-
-    def job(launch, arch, config):
-        from palimpsest.kernels.profile.offline import Job
-
-        constants = tuple((0, value) for value in launch.arguments.values() if isinstance(value, int))
-        return Job(launch.kernel.name, "", "", arch, str(config), 1, 1, (), constants, ())
-
-    monkeypatch.setattr("palimpsest.kernels.profile.plans.specialise_launch", job)
-    cost = {"product_bf16": 10.0, "product_one_round": 1.0, "crowded": 2.0}
-    entries = [e for name in cost for e in entries_of(name, launches_of(sample.PLANS[name]))]
-    assert len(entries) == (2 + 2 + 1) * 3
-    seconds = {e.key: cost[e.plan] - 0.5 * (not e.preferred) for e in entries}
-    always = {("product_one_round", False, arch) for arch in (80, 90, 100)}
-    always |= {("crowded", True, arch) for arch in (80, 90, 100)}
-
-    def chosen(limit: float) -> list:
-        return [(e.plan, e.preferred, e.job.arch) for e in quick(entries, seconds, limit)]
-
-    assert set(chosen(0)) == always and len(chosen(0)) == 6
-    first = {(entries[0].job.kernel, arch): ("product_bf16", True, arch) for arch in (80, 90, 100)}
-    assert {(e.plan, e.preferred, e.job.arch) for e in quick(entries, {}, 100)} >= set(first.values())
-    assert len(quick(entries, {}, 100)) == 6, "of what is not written down no more than one each"
-    assert set(chosen(3 * 0.5 + 3 * 2 + 1)) == always | {("product_one_round", True, 90)}
-    assert set(chosen(100)) == always | {("product_one_round", True, 90), ("product_bf16", True, 90)}
