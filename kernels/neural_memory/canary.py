@@ -117,7 +117,7 @@ def pairs(given: dict[str, Any], constants: Mapping[str, Any], *, keep: bool = T
 
 def forward_pairs(constants: Mapping[str, Any]) -> Pairs:
     """Output and state."""
-    return pairs(problem(constants), constants, keep=constants["KEEP"])
+    return pairs(problem(constants), constants, keep=False)
 
 
 def backward_pairs(constants: Mapping[str, Any]) -> Pairs:

@@ -43,8 +43,7 @@ def call(
 #: width, c the chunk, d the head's width.
 PLANS: dict[str, Callable[[], None]] = {
     "mlp_f256_c64_bf16": partial(call, MemorySpec()),
-    "mlp_f64_c64_bf16": partial(call, MemorySpec(expansion=1)),
-    "mlp_f256_c256_bf16": partial(call, MemorySpec(chunk_size=256)),
+    "mlp_f64_c256_bf16": partial(call, MemorySpec(expansion=1, chunk_size=256)),
     "mlp_f256_c16_gd_bf16": partial(call, MemorySpec(chunk_size=16, rule="gd", bias="dot")),
     "mlp_d128_f512_c64_bf16": partial(call, MemorySpec(), heads=8, width=128),
     "linear_c64_bf16": partial(call, MemorySpec("linear")),

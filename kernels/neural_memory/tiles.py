@@ -163,10 +163,112 @@ def step_slot(j, n, begin, place, C: tl.constexpr):
 
 
 @triton.jit
+def found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+               STATE: tl.constexpr):  # fmt: skip
+    """Which memory, and where step j of its sequence lies. A zero that the compiler does not know is in all of it, so
+    that each pass computes its own addresses, and none is kept in registers over the others."""
+    number = tl.program_id(0) + tl.load(zero_ptr, volatile=True)
+    n = number // H
+    h = number % H
+    begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
+    return number.to(tl.int64), h, step_slot(j, n, begin, place, C) * H + h, begin, length, place
+
+
+@triton.jit
 def step_offsets(j, begin, length, place, h, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
     """Offsets of a step's tokens in [B, T, H, D], and which of its slots hold one."""
     token, valid = step_tokens(j, begin, length, place, C)
     return (token * H + h) * D, valid
+
+
+@triton.jit
+def segment_steps(segment, length, place, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr):
+    """First step of a segment of EVERY chunks and the one after its last; none where the sequence has no such
+    segment."""
+    STEPS: tl.constexpr = EVERY * CHUNK // C
+    last = tl.where(length > 0, tl.cdiv(place + length, C), 0)
+    return tl.maximum(segment * STEPS, place // C), tl.minimum(segment * STEPS + STEPS, last)
+
+
+@triton.jit
+def anchor_of(states, given, base, CHUNK: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, LAYERS: tl.constexpr,
+              COPIES: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
+    """Where the anchor of a step at slot ``base`` lies, first and last layer: among a segment's ``states`` the weights
+    at its chunk's first step, or in the state ``given`` before the call."""
+    PAIR: tl.constexpr = COPIES * SIZE
+    first = states + (base // CHUNK) * (CHUNK // C) * (LAYERS * PAIR)
+    last = first + (LAYERS - 1) * PAIR
+    if STATE:
+        before = base < CHUNK
+        first = tl.where(before, given + PAIR, first)
+        last = tl.where(before, given + (LAYERS - 1) * (PAIR + SIZE) + PAIR, last)
+    return first, last
+
+
+@triton.jit
+def square(start, C: tl.constexpr):
+    """Pointers to a [C, C] tile, and to its transpose."""
+    i = tl.arange(0, C)
+    return start + i[:, None] * C + i[None, :], start + i[None, :] * C + i[:, None]
+
+
+@triton.jit
+def tall(start, C: tl.constexpr, D: tl.constexpr):
+    """Pointers to a [C, D] tile, and to its transpose."""
+    i = tl.arange(0, C)
+    d = tl.arange(0, D)
+    return start + i[:, None] * D + d[None, :], start + i[None, :] * D + d[:, None]
+
+
+def workspace_sizes(c: int, d: int, f: int) -> tuple[int, int]:
+    """How many numbers of a step's backward wait in DT, and in float32; see :func:`small_parts`, :func:`wide_parts`."""
+    return 3 * c * d + 4 * c * c + 6 * c * f, c * c + 4 * c * d + 2 * c * f + c
+
+
+@triton.jit
+def workspace(small, wide, place, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+    """Where the tiles of one step lie."""
+    SMALL: tl.constexpr = 3 * C * D + 4 * C * C + 6 * C * F
+    WIDE: tl.constexpr = C * C + 4 * C * D + 2 * C * F + C
+    return small + place * SMALL, wide + place * WIDE
+
+
+@triton.jit
+def deltas_of(small, place, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GRAD: tl.constexpr):
+    """Where Δ of a step's last layer lies: first of the workspace, or in the forward alone."""
+    if GRAD:
+        small, _ = workspace(small, small, place, C, D, F)
+        return small
+    else:
+        return small + place * (C * D + C * F)
+
+
+@triton.jit
+def small_parts(small, C: tl.constexpr, D: tl.constexpr):
+    """In DT. [C, D]: Δ, the gradient of the reads and that of the keys' output, of the last layer; [C, C]: what flows
+    from the last layer's reads to its hidden queries, and, transposed, to its hidden keys; the first layer's scores
+    and their transpose. See :func:`hidden_parts` for the rest."""
+    squares = small + 3 * C * D
+    return (small, small + C * D, small + 2 * C * D, squares, squares + C * C, squares + 2 * C * C, squares + 3 * C * C)
+
+
+@triton.jit
+def hidden_parts(small, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+    """In DT, [C, F]: Δ of the first layer and, before its gelu′, B; the hidden queries and the gradient of their
+    pre-activations; the gradient of Δ, which becomes that of B; the gradient of the hidden keys, which becomes that
+    of their pre-activations."""
+    start = small + 3 * C * D + 4 * C * C
+    return start, start + C * F, start + 2 * C * F, start + 3 * C * F, start + 4 * C * F, start + 5 * C * F
+
+
+@triton.jit
+def wide_parts(wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+    """In float32: h h_Kᵀ of the last layer [C, C]; ẑ, the error, the gradient of Δ and that of K [C, D];
+    pre-activations of keys and queries [C, F]; 1/std [C]."""
+    tiles = wide + C * C
+    hidden = tiles + 4 * C * D
+    return (wide, tiles, tiles + C * D, tiles + 2 * C * D, tiles + 3 * C * D, hidden, hidden + C * F,
+            hidden + 2 * C * F)  # fmt: skip
 
 
 @triton.jit

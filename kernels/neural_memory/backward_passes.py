@@ -1,0 +1,310 @@
+"""The passes that carry the gradients of neural memory's state back over one step; ``backward_carry.py`` calls them.
+
+The gradients of W, S and the anchor lie in global memory, like the state itself; what the reads' backward left in the
+workspace is added on the way. The hidden units are passed over for the last layer's update (``last_update``), the first
+layer's (``first_update``), the second-order terms up to the error (``second_order``), and, after the error
+(``error_down``), down along the keys' own pass (``keys_down``).
+
+Each pass takes scalars alone and leaves nothing in registers for the next. The last layer's matrices are taken as
+[D, BF], transposed.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    gelu,
+    gelu_curve,
+    gelu_slope,
+    hidden_parts,
+    load_gates,
+    load_norm,
+    product,
+    project,
+    small_parts,
+    tall,
+    token_columns,
+    token_rows,
+    wide_parts,
+)
+
+
+@triton.jit
+def carried(weights, grads, at, end_retain, end_carry, end_inertia, from_weight, from_moment, AXIS: tl.constexpr,
+            SIZE: tl.constexpr, MOMENTUM: tl.constexpr):  # fmt: skip
+    """A block of the gradients of W and S before a step, from those after it and those of the reads, in place; and what
+    it adds to the gradients of A_c, f_c and E_c, summed along the axis in which the block is contiguous."""
+    weight = tl.load(weights + at)
+    g_weight = tl.load(grads + at)
+    tl.store(grads + at, g_weight * end_retain + from_weight)
+    d_retain = tl.sum(weight * g_weight, AXIS)
+    d_carry = d_retain * 0.0
+    d_inertia = d_retain * 0.0
+    if MOMENTUM:
+        moment = tl.load(weights + SIZE + at)
+        g_moment = tl.load(grads + SIZE + at)
+        tl.store(grads + SIZE + at, g_weight * end_carry + g_moment * end_inertia + from_moment)
+        d_carry = tl.sum(moment * g_weight, AXIS)
+        d_inertia = tl.sum(moment * g_moment, AXIS)
+    return d_retain, d_carry, d_inertia
+
+
+@triton.jit
+def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide,
+                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+                MOMENTUM: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """Update of the last layer. SUM: adds to the gradient of Δ. BACK: adds to that of the hidden keys, writes those of
+    Λ_c and P_c. CARRY: carries those of its W and S back, with what its reads add, and writes those of A_c, f_c and
+    E_c; comes after the others, which want the gradients after the step."""
+    SIZE: tl.constexpr = D * F
+    retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = load_gates(vectors, ends, C)
+    deltas, reads, _, _, _, _, _ = small_parts(small, C, D)
+    _, _, hiddens, _, _, d_hiddens = hidden_parts(small, C, D, F)
+    _, _, _, d_deltas, _, befores, _, _ = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    delta = tl.load(tall(deltas, C, D)[0])
+    d_read_t = tl.load(tall(reads, C, D)[1])
+    if SUM:
+        d_delta = tl.load(tall(d_deltas, C, D)[0])
+    d_write = tl.zeros([C], tl.float32)
+    d_momentum = tl.zeros([C], tl.float32)
+    d_retain = tl.zeros([BF], tl.float32)
+    d_carry = tl.zeros([BF], tl.float32)
+    d_inertia = tl.zeros([BF], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at = f[None, :] * D + d[:, None]
+        at_hidden = i[:, None] * F + f[None, :]
+        hidden = gelu(tl.load(befores + at_hidden))[0] if DEEP else token_rows(k_ptr, tok, valid, f).to(tl.float32)
+        g_weight = tl.load(grads + at).to(DT)
+        g_moment = g_weight
+        if SUM:
+            d_delta -= product(hidden * end_write[:, None], tl.trans(g_weight), DT, PRECISION)
+        if MOMENTUM:
+            g_moment = tl.load(grads + SIZE + at).to(DT)
+            if SUM:
+                d_delta -= product(hidden * end_momentum[:, None], tl.trans(g_moment), DT, PRECISION)
+        if BACK:
+            by_g = product(delta, g_weight, DT, PRECISION)
+            d_write -= tl.sum(hidden * by_g, 1)
+            d_hidden = tl.load(d_hiddens + at_hidden) - by_g * end_write[:, None]
+            if MOMENTUM:
+                by_g = product(delta, g_moment, DT, PRECISION)
+                d_momentum -= tl.sum(hidden * by_g, 1)
+                d_hidden -= by_g * end_momentum[:, None]
+            tl.store(d_hiddens + at_hidden, d_hidden.to(DT))
+        if CARRY:
+            if DEEP:
+                read = tl.load(hiddens + at_hidden).to(tl.float32)
+            else:
+                read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
+            from_weight = product(d_read_t, read * retain[:, None], DT, PRECISION)
+            from_moment = from_weight
+            if MOMENTUM:
+                from_moment = product(d_read_t, read * carry[:, None], DT, PRECISION)
+            more = carried(
+                weights, grads, at, end_retain, end_carry, end_inertia, from_weight, from_moment, 0, SIZE, MOMENTUM
+            )
+            d_retain += more[0]
+            d_carry += more[1]
+            d_inertia += more[2]
+    if SUM:
+        tl.store(tall(d_deltas, C, D)[0], d_delta)
+    if BACK:
+        tl.store(d_vectors + 2 * C + i, d_write)
+        tl.store(d_vectors + 3 * C + i, d_momentum)
+    if CARRY:
+        tl.store(d_ends, tl.sum(d_retain))
+        tl.store(d_ends + 1, tl.sum(d_carry))
+        tl.store(d_ends + 2, tl.sum(d_inertia))
+
+
+@triton.jit
+def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide,
+                 D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, MOMENTUM: tl.constexpr,
+                 SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """Update of the first layer, as :func:`last_update`; adds to the gradients of K (SUM) and of its Δ (BACK)."""
+    SIZE: tl.constexpr = D * F
+    retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = load_gates(vectors, ends, C)
+    delta1s, _, _, d_pres, d_delta1s, _ = hidden_parts(small, C, D, F)
+    _, _, _, _, d_keys, _, _, _ = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    k = token_rows(k_ptr, tok, valid, d)
+    qt = token_columns(q_ptr, tok, valid, d)
+    if SUM:
+        d_k = tl.load(tall(d_keys, C, D)[0])
+    d_write = tl.zeros([C], tl.float32)
+    d_momentum = tl.zeros([C], tl.float32)
+    d_retain = tl.zeros([D], tl.float32)
+    d_carry = tl.zeros([D], tl.float32)
+    d_inertia = tl.zeros([D], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at = d[:, None] * F + f[None, :]
+        at_hidden = i[:, None] * F + f[None, :]
+        delta1 = tl.load(delta1s + at_hidden).to(tl.float32)
+        g_weight = tl.load(grads + at).to(DT)
+        g_moment = g_weight
+        if SUM:
+            d_k -= product(delta1 * end_write[:, None], tl.trans(g_weight), DT, PRECISION)
+        if MOMENTUM:
+            g_moment = tl.load(grads + SIZE + at).to(DT)
+            if SUM:
+                d_k -= product(delta1 * end_momentum[:, None], tl.trans(g_moment), DT, PRECISION)
+        if BACK:
+            by_g = product(k, g_weight, DT, PRECISION)
+            d_write -= tl.sum(delta1 * by_g, 1)
+            d_delta1 = tl.load(d_delta1s + at_hidden) - by_g * end_write[:, None]
+            if MOMENTUM:
+                by_g = product(k, g_moment, DT, PRECISION)
+                d_momentum -= tl.sum(delta1 * by_g, 1)
+                d_delta1 -= by_g * end_momentum[:, None]
+            tl.store(d_delta1s + at_hidden, d_delta1.to(DT))
+        if CARRY:
+            d_pre = tl.load(d_pres + at_hidden).to(tl.float32)
+            from_weight = product(qt, d_pre * retain[:, None], DT, PRECISION)
+            from_moment = from_weight
+            if MOMENTUM:
+                from_moment = product(qt, d_pre * carry[:, None], DT, PRECISION)
+            more = carried(
+                weights, grads, at, end_retain, end_carry, end_inertia, from_weight, from_moment, 1, SIZE, MOMENTUM
+            )
+            d_retain += more[0]
+            d_carry += more[1]
+            d_inertia += more[2]
+    if SUM:
+        tl.store(tall(d_keys, C, D)[0], d_k)
+    if BACK:
+        tl.store(d_vectors + 2 * C + i, tl.load(d_vectors + 2 * C + i) + d_write)
+        tl.store(d_vectors + 3 * C + i, tl.load(d_vectors + 3 * C + i) + d_momentum)
+    if CARRY:
+        tl.store(d_ends, tl.load(d_ends) + tl.sum(d_retain))
+        tl.store(d_ends + 1, tl.load(d_ends + 1) + tl.sum(d_carry))
+        tl.store(d_ends + 2, tl.load(d_ends + 2) + tl.sum(d_inertia))
+
+
+@triton.jit
+def second_order(u2, small, wide, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Δ1 = B ⊙ gelu′, B = Δ2 U2ᵀ: adds to the gradient of Δ2; leaves those of B and of the keys' pre-activations."""
+    _, backs, _, _, d_delta1s, d_hiddens = hidden_parts(small, C, D, F)
+    _, _, _, d_deltas, _, befores, _, _ = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    d_delta = tl.load(tall(d_deltas, C, D)[0])
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at_hidden = i[:, None] * F + f[None, :]
+        before = tl.load(befores + at_hidden)
+        sigma = gelu(before)[1]
+        slope = gelu_slope(before, sigma)
+        d_delta1 = tl.load(d_delta1s + at_hidden).to(tl.float32)
+        d_back = (d_delta1 * slope).to(DT)
+        tl.store(d_delta1s + at_hidden, d_back)
+        d_before = tl.load(d_hiddens + at_hidden) * slope
+        d_before += d_delta1 * tl.load(backs + at_hidden) * gelu_curve(before, sigma)
+        tl.store(d_hiddens + at_hidden, d_before.to(DT))
+        d_delta += product(d_back, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
+    tl.store(tall(d_deltas, C, D)[0], d_delta)
+
+
+@triton.jit
+def error_backward(d_delta, normed, rstd, error, scale, D: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr):
+    """From the gradient of Δ of the last layer to those of the error, of the last layer's output, and of the norm."""
+    if NORM:
+        scaled = error * scale[None, :]
+        delta = project(scaled, normed, D) * rstd[:, None]
+        d_scaled = project(d_delta, normed, D) * rstd[:, None]
+        along = (tl.sum(scaled * normed, 1) / D)[:, None]
+        d_along = (tl.sum(d_delta * normed, 1) / D)[:, None]
+        d_normed = -rstd[:, None] * (d_delta * along + scaled * d_along)
+        d_rstd = -rstd * tl.sum(d_delta * delta, 1) / D
+        d_error = d_scaled * scale[None, :]
+        d_scale = tl.sum(d_scaled * error, 0)
+        if not DOT:
+            d_normed += d_error * scale[None, :]
+            d_scale += tl.sum(d_error * normed, 0)
+        d_last = project(d_normed, normed, D) * rstd[:, None] + normed * d_rstd[:, None]
+        return d_error, d_last, d_scale
+    else:
+        return d_delta, d_delta, tl.zeros([D], tl.float32)
+
+
+@triton.jit
+def error_down(d_v_ptr, j, begin, length, place, h, norm_ptr, d_norm, small, wide, H: tl.constexpr, D: tl.constexpr,
+               F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
+               DT: tl.constexpr):  # fmt: skip
+    """From the gradient of Δ of the last layer to those of V, of the last layer's output and of the norm, and to what
+    the error adds to that of K; 16 tokens at a time, for it takes many tiles at once."""
+    _, _, lasts, _, _, _, _ = small_parts(small, C, D)
+    _, units, errors, d_deltas, d_keys, _, _, rstds = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    scale = load_norm(norm_ptr, h, D, NORM)
+    d_norms = tl.zeros([D], tl.float32)
+    for start in tl.range(0, C, 16, disable_licm=True):
+        i = start + tl.arange(0, 16)
+        at = i[:, None] * D + d[None, :]
+        d_error, d_last, d_scale = error_backward(
+            tl.load(d_deltas + at), tl.load(units + at), tl.load(rstds + i), tl.load(errors + at), scale, D, NORM, DOT
+        )
+        d_norms += d_scale
+        tl.store(lasts + at, d_last.to(DT))
+        t = j * C + i - place
+        tok = ((begin + t).to(tl.int64) * H + h) * D
+        valid = (t >= 0) & (t < length)
+        tl.store(d_v_ptr + tok[:, None] + d[None, :], (-d_error).to(DT), mask=valid[:, None])
+        if RESIDUAL and not DOT:
+            tl.store(d_keys + at, tl.load(d_keys + at) + d_error)
+    if NORM:
+        tl.store(d_norm + d, d_norms)
+
+
+@triton.jit
+def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, D: tl.constexpr, F: tl.constexpr,
+              C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr,
+              DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): writes that of
+    K, and adds to those of the anchor, ``grads``."""
+    deltas, _, lasts, _, _, _, _ = small_parts(small, C, D)
+    _, _, _, _, d_backs, d_befores = hidden_parts(small, C, D, F)
+    _, _, _, _, d_keys, befores, _, _ = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    kt = token_columns(k_ptr, tok, valid, d)
+    d_last = tl.load(tall(lasts, C, D)[0])
+    d_last_t = tl.load(tall(lasts, C, D)[1])
+    delta_t = tl.load(tall(deltas, C, D)[1])
+    d_k = tl.load(tall(d_keys, C, D)[0])
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at = d[:, None] * F + f[None, :]
+        at2 = f[None, :] * D + d[:, None]
+        at_hidden = i[:, None] * F + f[None, :]
+        d_before = tl.load(d_befores + at_hidden).to(tl.float32)
+        anchor2 = tl.zeros([D, BF], tl.float32)
+        if DEEP:
+            before = tl.load(befores + at_hidden)
+            hidden, sigma = gelu(before)
+            anchor2 += product(delta_t, tl.load(d_backs + at_hidden), DT, PRECISION)
+        else:
+            hidden = token_rows(k_ptr, tok, valid, f)
+        if LAST:
+            d_hidden = product(d_last, tl.load(u2 + at2), DT, PRECISION)
+            if DEEP:
+                d_hidden = d_hidden * gelu_slope(before, sigma)
+            d_before += d_hidden
+            anchor2 += product(d_last_t, hidden, DT, PRECISION)
+        if DEEP or LAST:
+            tl.store(grads2 + at2, tl.load(grads2 + at2) + anchor2)
+        if DEEP:
+            d_k += product(d_before, tl.trans(tl.load(u1 + at).to(DT)), DT, PRECISION)
+            tl.store(grads1 + at, tl.load(grads1 + at) + product(kt, d_before, DT, PRECISION))
+        else:
+            d_hidden = d_before + tl.load(d_keys + at_hidden)
+            tl.store(d_k_ptr + tok[:, None] + f[None, :], d_hidden.to(DT), mask=valid[:, None])
+    if DEEP:
+        tl.store(d_k_ptr + tok[:, None] + d[None, :], d_k.to(DT), mask=valid[:, None])

@@ -1,0 +1,230 @@
+"""Backward through the reads of neural memory, in Triton, of all steps of a segment at once: a program per memory and
+step.
+
+None of it depends on the gradients that later steps send back. It takes up the tiles that ``neural_memory_reads`` left
+in the workspace; what the walk in reverse order (``backward_carry.py``) takes from here goes through the same.
+
+A tile that is needed transposed is loaded so from there: the transpose of a product's result is never an operand of
+another. The last layer's matrices are taken as [D, BF], transposed.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    found_anew,
+    gelu,
+    gelu_slope,
+    hidden_parts,
+    load_gates,
+    product,
+    segment_steps,
+    sequence,
+    small_parts,
+    square,
+    step_offsets,
+    tall,
+    token_columns,
+    token_rows,
+    wide_parts,
+    workspace,
+)
+
+
+@triton.jit
+def flows(write, small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DT: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
+    """The last layer's R ⊙ Λ and its transpose, and what its reads add to the gradient of Δ, to the workspace."""
+    deltas, reads, _, flow, flow_t, _, _ = small_parts(small, C, D)
+    products, _, _, d_deltas, _, _, _, _ = wide_parts(wide, C, D, F)
+    d_read = tl.load(tall(reads, C, D)[0])
+    written = tl.load(square(write, C)[0]).to(tl.float32)
+    written_t = tl.load(square(write, C)[1]).to(tl.float32)
+    found = -product(d_read, tl.load(tall(deltas, C, D)[1]), DT, PRECISION) * written
+    tl.store(square(flow, C)[0], found.to(DT))
+    found = -product(tl.load(tall(deltas, C, D)[0]), tl.load(tall(reads, C, D)[1]), DT, PRECISION) * written_t
+    tl.store(square(flow_t, C)[0], found.to(DT))
+    d_delta = -product(tl.load(square(products, C)[1]) * written_t, d_read, DT, PRECISION)
+    tl.store(tall(d_deltas, C, D)[0], d_delta)
+
+
+@triton.jit
+def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, wide, D: tl.constexpr,
+               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+               RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Backward through the last layer's reads: the gradients of the queries' pre-activations, of the hidden keys and of
+    the first layer's Δ, by its reads, to the workspace; those of A and f. A linear memory's query is its hidden
+    vector."""
+    SIZE: tl.constexpr = D * F
+    retain, carry, _, _, _, _, _ = gates
+    _, reads, _, flows, flows_t, _, _ = small_parts(small, C, D)
+    _, _, _, d_pres, _, d_hiddens = hidden_parts(small, C, D, F)
+    _, _, _, _, _, befores, pres, _ = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    d_read = tl.load(tall(reads, C, D)[0])
+    flow = tl.load(square(flows, C)[0])
+    flow_t = tl.load(square(flows_t, C)[0])
+    d_retain = tl.zeros([C], tl.float32)
+    d_carry = tl.zeros([C], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at = f[None, :] * D + d[:, None]
+        at_hidden = i[:, None] * F + f[None, :]
+        if DEEP:
+            hidden = gelu(tl.load(befores + at_hidden))[0]
+            pre = tl.load(pres + at_hidden)
+            read, sigma = gelu(pre)
+        else:
+            hidden = token_rows(k_ptr, tok, valid, f).to(tl.float32)
+            read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
+        to_weight = product(d_read, tl.load(weights + at), DT, PRECISION)
+        d_retain += tl.sum(read * to_weight, 1)
+        d_read_hidden = to_weight * retain[:, None] + product(flow, hidden, DT, PRECISION)
+        if MOMENTUM:
+            to_moment = product(d_read, tl.load(weights + SIZE + at), DT, PRECISION)
+            d_carry += tl.sum(read * to_moment, 1)
+            d_read_hidden += to_moment * carry[:, None]
+        tl.store(d_hiddens + at_hidden, product(flow_t, read, DT, PRECISION).to(DT))
+        if DEEP:
+            tl.store(d_pres + at_hidden, (d_read_hidden * gelu_slope(pre, sigma)).to(DT))
+        else:
+            if RESIDUAL:
+                d_read_hidden += token_rows(d_o_ptr, tok, valid, f).to(tl.float32)
+            tl.store(d_q_ptr + tok[:, None] + f[None, :], d_read_hidden.to(DT), mask=valid[:, None])
+    tl.store(d_vectors + i, d_retain)
+    tl.store(d_vectors + C + i, d_carry)
+
+
+@triton.jit
+def first_scores(write, small, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """Backward through the scores of the first layer's reads: the gradient of its Δ to the workspace; of the scores,
+    by Λ, in place of these, and returned without."""
+    _, _, _, _, _, scores, scores_ts = small_parts(small, C, D)
+    delta1s, _, _, d_pres, d_delta1s, _ = hidden_parts(small, C, D, F)
+    i = tl.arange(0, C)
+    scores_t = tl.load(square(scores_ts, C)[0])
+    d_scores = tl.zeros([C, C], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at_hidden = i[:, None] * F + f[None, :]
+        d_pre = tl.load(d_pres + at_hidden)
+        tl.store(d_delta1s + at_hidden, (-product(scores_t, d_pre, DT, PRECISION)).to(DT))
+        d_scores -= product(d_pre, tl.load(delta1s + i[None, :] * F + f[:, None]), DT, PRECISION)
+    tl.store(square(scores, C)[0], (d_scores * tl.load(square(write, C)[0]).to(tl.float32)).to(DT))
+    return d_scores
+
+
+@triton.jit
+def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, D: tl.constexpr, F: tl.constexpr,
+                    C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, DT: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """Backward through the scores of both layers' reads: the gradient of Λ, and what the first layer's add to that of
+    K."""
+    deltas, reads, _, _, _, scores, _ = small_parts(small, C, D)
+    products, _, _, _, d_keys, _, _, _ = wide_parts(wide, C, D, F)
+    d = tl.arange(0, D)
+    if DEEP:
+        d_scores = first_scores(write, small, D, F, C, BF, DT, PRECISION)
+        tl.debug_barrier()
+    d_written = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
+    d_written = d_written * tl.load(square(products, C)[0])
+    d_k = tl.zeros([C, D], tl.float32)
+    if DEEP:
+        q = token_rows(q_ptr, tok, valid, d)
+        d_written += d_scores * product(q, token_columns(k_ptr, tok, valid, d), DT, PRECISION)
+        d_k = product(tl.load(square(scores, C)[1]), q, DT, PRECISION)
+    tl.store(square(d_write, C)[0], d_written.to(d_write.dtype.element_ty))
+    tl.store(tall(d_keys, C, D)[0], d_k)
+
+
+@triton.jit
+def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, D: tl.constexpr,
+                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr,
+                DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Backward through the first layer's reads: writes the gradient of Q; adds to those of A and f."""
+    SIZE: tl.constexpr = D * F
+    retain, carry, _, _, _, _, _ = gates
+    _, _, _, _, _, scores, _ = small_parts(small, C, D)
+    _, _, _, d_pres, _, _ = hidden_parts(small, C, D, F)
+    d = tl.arange(0, D)
+    i = tl.arange(0, C)
+    by_weight = tl.zeros([C, D], tl.float32)
+    by_moment = tl.zeros([C, D], tl.float32)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at = d[:, None] * F + f[None, :]
+        d_pre = tl.load(d_pres + i[:, None] * F + f[None, :])
+        by_weight += product(d_pre, tl.trans(tl.load(weights + at).to(DT)), DT, PRECISION)
+        if MOMENTUM:
+            by_moment += product(d_pre, tl.trans(tl.load(weights + SIZE + at).to(DT)), DT, PRECISION)
+    q = token_rows(q_ptr, tok, valid, d).to(tl.float32)
+    k = token_rows(k_ptr, tok, valid, d)
+    d_q = by_weight * retain[:, None] + product(tl.load(square(scores, C)[0]), k, DT, PRECISION)
+    tl.store(d_vectors + i, tl.load(d_vectors + i) + tl.sum(q * by_weight, 1))
+    if MOMENTUM:
+        d_q += by_moment * carry[:, None]
+        tl.store(d_vectors + C + i, tl.load(d_vectors + C + i) + tl.sum(q * by_moment, 1))
+    if RESIDUAL:
+        d_q += token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
+    tl.store(d_q_ptr + tok[:, None] + d[None, :], d_q.to(DT), mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "segment"])
+def neural_memory_reads_backward(
+    q_ptr, k_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, position_ptr, cu_ptr, states_ptr, d_q_ptr, d_write_ptr,
+    d_vectors_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """Backward through the reads of one step: writes the gradients of Q, Λ, A and f, and to the workspace what reads
+    add to those of Δ, of the hidden keys and of K."""
+    n = tl.program_id(0) // H
+    LAYERS: tl.constexpr = 2 if DEEP else 1
+    PAIR: tl.constexpr = (2 if MOMENTUM else 1) * D * F
+    STEPS: tl.constexpr = EVERY * CHUNK // C
+    _, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
+    first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
+    j = segment * STEPS + tl.program_id(1)
+    if (j >= first) & (j < after):
+        program, h, slot, begin, length, place = found_anew(
+            zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
+        )  # fmt: skip
+        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+        flows(write_ptr + slot * (C * C), small, wide, C, D, F, DT, PRECISION)
+        tl.debug_barrier()
+        program, h, slot, begin, length, place = found_anew(
+            zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
+        )  # fmt: skip
+        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+        weights = states_ptr + (program * STEPS + tl.program_id(1)) * (LAYERS * PAIR)
+        gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
+        tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+        last_reads(
+            q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, gates,
+            d_vectors_ptr + slot * (4 * C), small, wide, D, F, C, BF, DEEP, RESIDUAL, MOMENTUM, DT, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()
+        program, h, slot, begin, length, place = found_anew(
+            zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
+        )  # fmt: skip
+        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+        tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+        scores_backward(
+            q_ptr, k_ptr, tok, valid, write_ptr + slot * (C * C), d_write_ptr + slot * (C * C), small, wide, D, F, C,
+            BF, DEEP, DT, PRECISION,
+        )  # fmt: skip
+        if DEEP:
+            program, h, slot, begin, length, place = found_anew(
+                zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
+            )  # fmt: skip
+            small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+            weights = states_ptr + (program * STEPS + tl.program_id(1)) * (LAYERS * PAIR)
+            gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
+            tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+            first_reads(
+                q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors_ptr + slot * (4 * C), small, D, F,
+                C, BF, RESIDUAL, MOMENTUM, DT, PRECISION,
+            )  # fmt: skip

@@ -1,0 +1,240 @@
+"""The states of neural memory, step by step, in Triton: one program per memory (sequence and head) walks a segment.
+
+All else that a step computes needs only the state it begins with and is left to other kernels, which take all steps of
+a segment at once: ``reads.py``, and in the backward ``backward_reads.py``. The state passes through a program in blocks
+of BF hidden units, twice per step: for the keys' pass at the anchor, up to the error, and for the update.
+docs/neural_memory.md has the algebra and what the design costs.
+
+A linear memory is the last layer alone: its hidden vector is the key, or the query, itself (``DEEP`` false).
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    anchor_of,
+    begin_state,
+    clear,
+    copy,
+    deltas_of,
+    gelu,
+    gelu_slope,
+    load_gates,
+    load_norm,
+    normalised,
+    product,
+    project,
+    segment_steps,
+    sequence,
+    step_offsets,
+    step_slot,
+    tall,
+    token_columns,
+    token_rows,
+    wide_parts,
+    workspace,
+)
+
+
+@triton.jit
+def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
+               BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
+               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The keys' pass at the anchor: ẑ and 1/std of the last layer, the error e, and Δ of the last layer."""
+    u1, u2 = anchor
+    d = tl.arange(0, D)
+    last = tl.zeros([C, D], tl.float32)
+    if NORM or not DOT:
+        k = token_rows(k_ptr, tok, valid, d)
+        for start in tl.range(0, F, BF, disable_licm=True):
+            f = start + tl.arange(0, BF)
+            if DEEP:
+                hidden, _ = gelu(product(k, tl.load(u1 + d[:, None] * F + f[None, :]), DT, PRECISION))
+            else:
+                hidden = token_rows(k_ptr, tok, valid, f)
+            last += product(hidden, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
+    error = -token_rows(v_ptr, tok, valid, d).to(tl.float32)
+    normed = last
+    rstd = tl.zeros([C], tl.float32)
+    if NORM:
+        normed, rstd = normalised(last, D)
+    if not DOT:
+        if NORM:
+            error += normed * scale[None, :]
+        else:
+            error += last
+        if RESIDUAL:
+            error += token_rows(k_ptr, tok, valid, d).to(tl.float32)
+    delta = error
+    if NORM:
+        delta = project(error * scale[None, :], normed, D) * rstd[:, None]
+    return normed, rstd, error, delta
+
+
+@triton.jit
+def keys_block(k, kt, delta, first, last, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """Of a block of hidden units at the anchor, ``first`` [D, BF] and ``last`` [BF, D]: the keys' pre-activations, B,
+    Δ of the first layer, and the hidden keys transposed, by a product of their own instead of a product's transpose."""
+    before = product(k, first, DT, PRECISION)
+    back = product(delta, tl.trans(last), DT, PRECISION)
+    hidden_t = gelu(product(tl.trans(first), kt, DT, PRECISION))[0]
+    return before, back, back * gelu_slope(before, gelu(before)[1]), hidden_t
+
+
+@triton.jit
+def update_block(old, new, at, end_retain, end_carry, end_inertia, written, written_moment, SIZE: tl.constexpr,
+                 MOMENTUM: tl.constexpr):  # fmt: skip
+    """A block of W and S after the step, from those before and the rank-C terms that are taken off."""
+    weight = tl.load(old + at)
+    after = end_retain * weight - written
+    if MOMENTUM:
+        moment = tl.load(old + SIZE + at)
+        after += end_carry * moment
+        tl.store(new + SIZE + at, end_inertia * moment - written_moment)
+    tl.store(new + at, after)
+
+
+@triton.jit
+def update_pass(k_ptr, tok, valid, delta, anchor, old, new, gates, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
+                BF: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """The state after the step. ``anchor``, ``old``, ``new``: where the two layers begin; S follows W."""
+    SIZE: tl.constexpr = D * F
+    u1, u2 = anchor
+    old1, old2 = old
+    new1, new2 = new
+    _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
+    d = tl.arange(0, D)
+    k = token_rows(k_ptr, tok, valid, d)
+    kt = token_columns(k_ptr, tok, valid, d)
+    for start in tl.range(0, F, BF, disable_licm=True):
+        f = start + tl.arange(0, BF)
+        at1 = d[:, None] * F + f[None, :]
+        at2 = f[:, None] * D + d[None, :]
+        if DEEP:
+            first, last = tl.load(u1 + at1).to(DT), tl.load(u2 + at2).to(DT)
+            delta1, hidden_t = keys_block(k, kt, delta, first, last, DT, PRECISION)[2:]
+            written = product(kt, delta1 * end_write[:, None], DT, PRECISION)
+            inert = written
+            if MOMENTUM:
+                inert = product(kt, delta1 * end_momentum[:, None], DT, PRECISION)
+            update_block(old1, new1, at1, end_retain, end_carry, end_inertia, written, inert, SIZE, MOMENTUM)
+        else:
+            hidden_t = token_columns(k_ptr, tok, valid, f).to(tl.float32)
+        written2 = product(hidden_t * end_write[None, :], delta, DT, PRECISION)
+        inert2 = written2
+        if MOMENTUM:
+            inert2 = product(hidden_t * end_momentum[None, :], delta, DT, PRECISION)
+        update_block(old2, new2, at2, end_retain, end_carry, end_inertia, written2, inert2, SIZE, MOMENTUM)
+
+
+@triton.jit
+def begin_segment(states, start_ptr, kept_ptr, segment, n, h, slots, H: tl.constexpr, SIZE: tl.constexpr,
+                  LAYERS: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
+    """W and S where a segment begins: those of the call, or the kept ones."""
+    if segment == 0:
+        begin_state(states, start_ptr, n, h, H, SIZE, LAYERS, COPIES, COPIES, STATE)
+    else:
+        copy(states, kept_ptr + ((slots + segment - 1) * H + h) * (LAYERS * COPIES * SIZE), LAYERS * COPIES * SIZE)
+
+
+@triton.jit(do_not_specialize=["T", "segment"])
+def neural_memory_states(
+    k_ptr, v_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, kept_ptr, state_ptr, states_ptr,
+    small_ptr, wide_ptr, T, segment, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
+    C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """W and S with which each step of a segment begins, ``states`` [N, H, steps, ·], and Δ of its last layer, in
+    ``small``. ``start``: the state before the call, or W_0 of each layer [H, ·]; ``kept``: W and S every EVERY chunks,
+    [slots, H, ·], where every segment but the first begins.
+
+    Forward: also W and S after the segment, to ``kept`` or, after a sequence's last, to ``state`` [N, H, ·], which has
+    W, S and the anchor of each layer. GRAD: instead what the backward needs of the error, in ``wide``.
+    """
+    n = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    SIZE: tl.constexpr = D * F
+    LAYERS: tl.constexpr = 2 if DEEP else 1
+    COPIES: tl.constexpr = 2 if MOMENTUM else 1
+    PAIR: tl.constexpr = COPIES * SIZE
+    WHOLE: tl.constexpr = PAIR + SIZE
+    STEPS: tl.constexpr = EVERY * CHUNK // C
+    begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
+    first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
+    filled = place + length
+    program = (n * H + h).to(tl.int64)
+    slots = (begin // (CHUNK * EVERY) + n).to(tl.int64)
+    own = state_ptr + program * (LAYERS * WHOLE)
+    given = start_ptr + program * (LAYERS * WHOLE)
+    # Step j of the segment begins with the workspace's state j - segment * STEPS.
+    states = states_ptr + (program * STEPS - segment * STEPS) * (LAYERS * PAIR)
+    if first < after:
+        begin_segment(
+            states + first * (LAYERS * PAIR), start_ptr, kept_ptr, segment, n, h, slots, H, SIZE, LAYERS, COPIES, STATE
+        )  # fmt: skip
+        tl.debug_barrier()
+    scale = load_norm(norm_ptr, h, D, NORM)
+    ends = after * C >= filled
+    for j in tl.range(first, after, disable_licm=True):
+        old = states + j * (LAYERS * PAIR)
+        new1 = old + LAYERS * PAIR
+        new2 = new1 + (LAYERS - 1) * PAIR
+        if not GRAD:
+            through = j == after - 1
+            kept = kept_ptr + ((slots + segment) * H + h) * (LAYERS * PAIR)
+            new1 = tl.where(through, tl.where(ends, own, kept), new1)
+            new2 = tl.where(through, tl.where(ends, own + (LAYERS - 1) * WHOLE, kept + (LAYERS - 1) * PAIR), new2)
+        anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
+        slot = step_slot(j, n, begin, place, C) * H + h
+        gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
+        tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+        normed, rstd, error, delta = inner_pass(
+            k_ptr, v_ptr, tok, valid, anchor, scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
+        )
+        at = program * STEPS + j - segment * STEPS
+        tl.store(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0], delta.to(DT))
+        if GRAD:
+            _, units, errors, _, _, _, _, rstds = wide_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C, D, F)
+            tl.store(tall(units, C, D)[0], normed)
+            tl.store(tall(errors, C, D)[0], error)
+            tl.store(rstds + tl.arange(0, C), rstd)
+        if (j < after - 1) | (not GRAD):
+            update_pass(
+                k_ptr, tok, valid, delta.to(DT), anchor, (old, old + (LAYERS - 1) * PAIR), (new1, new2), gates, D, F, C,
+                BF, DEEP, MOMENTUM, DT, PRECISION,
+            )  # fmt: skip
+        tl.debug_barrier()
+    if not GRAD:
+        finish(
+            own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length, filled, first, after, slots, H,
+            CHUNK, C, EVERY, SIZE, LAYERS, COPIES, STATE,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish(own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length, filled, first, after, slots,
+           H: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, SIZE: tl.constexpr,
+           LAYERS: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
+    """The anchor after a sequence's last segment; the whole state of a sequence without tokens; and zeros where no
+    chunk reached the kept states, since an operator's results must repeat."""
+    PAIR: tl.constexpr = COPIES * SIZE
+    WHOLE: tl.constexpr = PAIR + SIZE
+    empty = (segment == 0) & (length == 0)
+    if empty:
+        begin_state(own, start_ptr, n, h, H, SIZE, LAYERS, COPIES, COPIES + 1, STATE)
+        tl.debug_barrier()
+    if empty | ((first < after) & (after * C >= filled)):
+        u1, u2 = anchor_of(states, given, filled - 1, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
+        weights = (filled % CHUNK == 0) & ((length > 0) | (not STATE))
+        if STATE:
+            u1 = tl.where(empty, given + PAIR, u1)
+            u2 = tl.where(empty, given + (LAYERS - 1) * WHOLE + PAIR, u2)
+        copy(own + PAIR, tl.where(weights, own, u1), SIZE)
+        if LAYERS == 2:
+            copy(own + WHOLE + PAIR, tl.where(weights, own + WHOLE, u2), SIZE)
+    if segment == 0:
+        used = slots + tl.maximum(filled - 1, 0) // (CHUNK * EVERY)
+        for spare in range(used, (begin + length) // (CHUNK * EVERY) + n + 1):
+            clear(kept_ptr + (spare * H + h) * (LAYERS * PAIR), LAYERS * PAIR)
