@@ -84,7 +84,7 @@ def short_conv_backward_input(
     live = time < tokens
     token = row * tokens + time
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for k in tl.static_range(CHOICES):
+    for k in range(CHOICES):  # unrolled, nine choices spill
         choice = token.to(tl.int64) * CHOICES + k
         slot = tl.load(inverse + choice, mask=live, other=0).to(tl.int32) if INDEX else token
         _, stop, _ = place(row, slot, borders, length, documents, steps, PACKED)
