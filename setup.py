@@ -27,6 +27,7 @@ DOORS = {
     "palimpsest-eval": "palimpsest.eval.__main__:main",
     "palimpsest-generate": "palimpsest.eval.generate:main",
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
+    "palimpsest-inspect": "palimpsest.eval.inspect:main",
     "palimpsest-profile": "palimpsest.kernels.profile.__main__:main",
 }
 

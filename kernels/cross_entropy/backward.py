@@ -60,7 +60,7 @@ def linear_cross_entropy_slopes(
     if FILTER:
         mark = tl.max((tl.abs(g) >= threshold).to(tl.int32))
         tl.store(kept + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), mark)
-        mask = mask & (mark > 0)
+        mask = tl.where(mark > 0, mask, False)
     g *= tl.load(incoming + token, mask=target >= 0, other=0.0)[:, None]
     block = slopes + (tl.program_id(1) * BLOCK_N).to(tl.int64) * width
     place = tl.arange(0, BLOCK_N)[:, None] * width + entry[None, :]

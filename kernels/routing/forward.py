@@ -73,7 +73,7 @@ def taken(memory, token, live, column, K: tl.constexpr):
 @triton.jit
 def before_tile(totals, tile, column, MEMORIES: tl.constexpr):
     """How often each memory was chosen in all tiles before one."""
-    mask = (column < MEMORIES) & (tile > 0)
+    mask = tl.where(tile > 0, column < MEMORIES, False)
     return tl.load(totals + (tile - 1) * MEMORIES + column, mask=mask, other=0)
 
 

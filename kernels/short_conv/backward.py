@@ -114,7 +114,7 @@ def short_conv_backward_state(
     slot = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for t in tl.static_range(K - 1):
-        there = known & (first + t < stop)
+        there = tl.where(first + t < stop, known, False)
         g = tl.load(slope + (first + t).to(tl.int64) * C + channel, mask=there, other=0.0).to(tl.float32)
         mask = ((slot >= t) & (slot < K - 1))[:, None] & known[None, :]
         tap = tl.load(weight + channel[None, :] * K + (slot - t)[:, None], mask=mask, other=0.0).to(tl.float32)

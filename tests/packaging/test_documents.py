@@ -92,7 +92,14 @@ def test_links_exist() -> None:
 def test_console_scripts_exist() -> None:
     """Every installed command leads to a function, and the documents name no other."""
     commands = importlib.metadata.distribution("palimpsest").entry_points.select(group="console_scripts")
-    known = {"palimpsest-train", "palimpsest-data", "palimpsest-eval", "palimpsest-generate", "palimpsest-profile"}
+    known = {
+        "palimpsest-train",
+        "palimpsest-data",
+        "palimpsest-eval",
+        "palimpsest-generate",
+        "palimpsest-inspect",
+        "palimpsest-profile",
+    }
     assert known <= set(commands.names)
     for command in commands:
         assert callable(command.load()), command.name
