@@ -25,7 +25,7 @@ WARMUP = 3
 
 
 def read_preset(text: str) -> dict[str, Any]:
-    """The mapping in a preset's file: sections by indentation, ``{a: b}`` of plain values, comments.
+    """The mapping in a preset's file: sections by indentation, ``{a: b}`` of plain values, lists of those, comments.
 
     That is all that ``configs/`` holds; a configuration of your own may hold any YAML, which ``read_config`` reads.
 
@@ -39,6 +39,11 @@ def read_preset(text: str) -> dict[str, Any]:
         if not bare:
             continue
         depth, (key, colon, value) = len(bare) - len(bare.lstrip()), bare.strip().partition(":")
+        if key.startswith("- {") and bare.endswith("}") and open_[-1][0] < depth and len(open_) > 1:
+            above = open_[-2][1]  # the section just opened is a list
+            name = next(reversed(above))
+            above[name] = [*(above[name] or []), _value(bare.strip()[2:])]
+            continue
         if not colon or key.startswith("-"):
             raise ValueError(f"line {number} was {line!r}; it must be a key, a colon, and a value or a section")
         while open_[-1][0] >= depth:

@@ -23,6 +23,8 @@ GOOD = Facts(
 
 OPERATIONS = sorted({name.partition("/")[0] for name in discover()})
 LARGE = ("cross_entropy", "delta_rule", "neural_memory", "window_attention")  # each architecture is a test
+# Of the deep memory every kernel, in the plans named here; its others take as long again, and are the command's.
+PLANS = {"neural_memory": ("mlp_f256_c64", "linear", "mlp_f256_decode")}
 
 
 def command(*words: str | Path, cache: Path | None = None) -> subprocess.CompletedProcess:
@@ -151,8 +153,9 @@ def test_budgets_are_of_operations_that_exist() -> None:
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_kernels_are_within_their_budgets(operation: str, arches: tuple[int, ...]) -> None:
-    """Every kernel of every plan, with every configuration."""
-    done = command("--only", f"{operation}/", "--arch", *map(str, arches), "--jobs", "1")
-    lines = done.stdout.splitlines()
-    wrong = [line for line in lines if line.startswith(("WORSE", "GONE", "SPILLS", "REFUSED"))]
-    assert done.returncode == 0, "\n".join([*wrong, *lines[-1:], done.stderr])
+    """Every kernel, with every configuration."""
+    for plan in PLANS.get(operation, ("",)):
+        done = command("--only", f"{operation}/{plan}", "--arch", *map(str, arches), "--jobs", "1")
+        lines = done.stdout.splitlines()
+        wrong = [line for line in lines if line.startswith(("WORSE", "GONE", "SPILLS", "REFUSED"))]
+        assert done.returncode == 0, "\n".join([*wrong, *lines[-1:], done.stderr])

@@ -42,7 +42,7 @@ def test_it_needs_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 def test_steps_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """One check of one operation in the interpreter, and one workload; every other step has a test of its own."""
-    words = ["--select", "short_conv and autocast", "--bench", "l2_norm", "--processes", "1"]
+    words = ["--select", "short_conv/triton and autocast", "--bench", "l2_norm", "--processes", "1"]
     words += ["--out", str(tmp_path), "--root", str(ROOT)]
     assert command.main(["gpu", "--device", "cpu", "--steps", "conformance", "bench", *words]) == 0
     assert "conformance: right" in capsys.readouterr().out
