@@ -8,13 +8,17 @@ from torch import Tensor
 from .. import check
 from ..op import register
 from ..packing import tail
-from . import chunked, fused, reference
+from . import operator, reference
 from .cost import cost
 
 __all__ = ["short_conv"]
 
 OPERATION = register(
-    "short_conv", cost=cost, reference=reference.short_conv, torch=chunked.short_conv, triton=fused.short_conv
+    "short_conv",
+    cost=cost,
+    reference=reference.short_conv,
+    torch=operator.short_conv,
+    triton=operator.short_conv_triton,
 )
 
 

@@ -5,11 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..check import compute_dtype
-from ..op import flop_formula
-from ..operator import absent, operator, present
+from ..operator import absent
 from ..packing import document_of
 from ..routing.chunked import gather
-from .cost import cost
 
 
 def slots(x: Tensor, width: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +50,6 @@ def convolve(row: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-@operator("short_conv")
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -61,7 +58,6 @@ def forward(
     cu_seqlens: Tensor | None,
     silu: bool,
     index: Tensor | None,
-    inverse: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, T, C], [1, S, C] with an index, and, with an activation, what entered it (else empty)."""
     x = in_slots(x, index)
@@ -78,13 +74,6 @@ def forward(
     return F.silu(z), z
 
 
-@forward.register_fake
-def _(x, weight, bias, state, cu_seqlens, silu, index, inverse):
-    shape = x.shape if index is None else (1, index.shape[0], x.shape[2])
-    return x.new_empty(shape), x.new_empty(shape) if silu else absent(x)
-
-
-@operator("short_conv_backward")
 def backward(
     grad: Tensor,
     z: Tensor,
@@ -125,46 +114,3 @@ def backward(
         d_bias,
         absent(x) if state is None else d_state.to(state.dtype, copy=True),
     ]
-
-
-@backward.register_fake
-def _(grad, z, x, weight, bias, state, cu_seqlens, silu, index, inverse):
-    return [absent(x) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, state)]
-
-
-def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.silu, index, inverse = inputs
-    ctx.save_for_backward(output[1], *tensors, index, inverse)
-
-
-def _differentiate(ctx, grad, _):
-    z, *tensors, index, inverse = ctx.saved_tensors
-    gradients = backward(grad, z, *tensors, ctx.silu, index, inverse)
-    return *present(gradients, tensors[:4]), None, None, None, None
-
-
-forward.register_autograd(_differentiate, setup_context=_keep)
-
-
-def flops(x, weight, bias, state, cu_seqlens, silu, index, inverse, *, out_shape, backward=False) -> int:
-    """From the arguments' shapes: every slot is a token where there is an index."""
-    shape = x if index is None else (1, *index, x[2])
-    return cost(shape, weight, backward=backward).flops
-
-
-flop_formula(torch.ops.palimpsest.short_conv, flops)
-flop_formula(torch.ops.palimpsest.short_conv_backward, lambda grad, z, *args, **kw: flops(*args, **kw, backward=True))
-
-
-def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    index: Tensor | None,
-    inverse: Tensor | None,
-) -> Tensor:
-    """The registered operator."""
-    return forward(x, weight, bias, state, cu_seqlens, silu, index, inverse)[0]
