@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..config import MixerConfig, ModelConfig
+from ..config import ModelConfig
+from ..mixer_config import MixerConfig
 from .attention import Attention
 from .mac import MemoryAsContext
 from .mag import MemoryAsGate

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ...kernels import window_attention
-from ..config import Heads, ModelConfig
+from ..config import ModelConfig
 from ..layers import Linear, PersistentTokens, split_rotary
+from ..mixer_config import Heads
 from .mixer import LayerState, Mixer
 
 

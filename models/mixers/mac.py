@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from ...kernels import window_attention
 from ...kernels.check import compute_dtype
-from ..config import ModelConfig, TitansMAC
+from ..config import ModelConfig
 from ..layers import RMSNorm, rotary, rotary_angles
+from ..mixer_config import TitansMAC
 from ..state import take_rows
 from .attention import AttentionCore, cache_as
 from .gate import MemoryGate

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, TitansMAG
+from ..config import ModelConfig
+from ..mixer_config import TitansMAG
 from .attention import AttentionCore
 from .gate import MemoryGate
 from .mixer import LayerState, Mixer

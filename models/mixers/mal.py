@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, TitansMAL
+from ..config import ModelConfig
 from ..layers import PersistentTokens, RMSNorm
+from ..mixer_config import TitansMAL
 from .attention import Attention
 from .mixer import LayerState, Mixer
 from .neural_memory import MemoryLayer

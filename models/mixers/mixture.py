@@ -14,9 +14,10 @@ from ...kernels import delta_rule, l2_norm, linear_attention, neural_memory, sho
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.neural_memory.state import fresh_state
 from ...kernels.routing import Routing, balance_loss, combine, dispatch, route, router_z_loss
-from ..config import Mixture, ModelConfig
+from ..config import ModelConfig
 from ..layers import Linear, RMSNorm, full_precision
 from ..losses import add_loss
+from ..mixer_config import Mixture
 from .mixer import LayerState, Mixer
 from .neural_memory import MemoryGates, draw_start
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from ...kernels import l2_norm, neural_memory, neural_memory_read, neural_memory_state, short_conv
 from ...kernels.neural_memory.spec import MemorySpec
-from ..config import MemoryConfig, MemoryRule, ModelConfig
+from ..config import ModelConfig
 from ..layers import Linear, RMSNorm, full_precision
+from ..mixer_config import MemoryConfig, MemoryRule
 from .mixer import LayerState, Mixer
 
 

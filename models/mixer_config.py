@@ -1,0 +1,155 @@
+"""The configuration of every token mixer, by its ``kind``."""
+
+from dataclasses import fields
+from typing import Annotated, Literal, Union
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from ..kernels.neural_memory.spec import MemorySpec
+from .strict import Count, Positive, Strict
+
+
+class MemoryRule(Strict):
+    """A neural memory (Titans, eqs. 8-15): its network, its inner loss and how it learns.
+
+    ``depth``, ``norm`` and ``residual``: null takes the network's default (mlp: 2, true, true; linear: 1,
+    false, false).
+    ``step_max`` bounds depth times the effective step of one chunk, sum of theta / (1 - eta), at every chunk length.
+    """
+
+    network: Literal["mlp", "linear"] = "mlp"
+    depth: Count | None = None
+    expansion: Count = 4
+    norm: bool | None = None
+    residual: bool | None = None
+    bias: Literal["l2", "dot"] = "l2"
+    retention: Literal["l2", "none"] = "l2"
+    rule: Literal["momentum", "gd"] = "momentum"
+    chunk_size: Count = 64
+    read_after_write: bool = True
+    step_max: Positive = 2.0
+
+    @property
+    def spec(self) -> MemorySpec:
+        """The part of this section that the operation takes."""
+        return MemorySpec(**{field.name: getattr(self, field.name) for field in fields(MemorySpec)})
+
+    @model_validator(mode="after")
+    def _fits_the_operation(self) -> Self:
+        _ = self.spec  # names the field that the operation would refuse
+        return self
+
+
+class MemoryConfig(MemoryRule):
+    """A neural memory and the layer around it (Titans, section 4.4). Head width is ``dim // heads``.
+
+    ``conv`` is the width of the short causal convolution on q, k and v (0: none).
+    """
+
+    heads: Count = 4
+    conv: Annotated[int, Field(ge=0, le=16)] = 4
+    output_gate: Literal["silu", "none"] = "silu"
+
+
+class Heads(Strict):
+    """Attention heads; ``kv_heads`` (null: as many as heads) divides ``heads``; ``rope`` turns rotary embedding on."""
+
+    heads: Count = 4
+    kv_heads: Count | None = None
+    rope: bool = True
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads was {self.kv_heads}; it must divide heads = {self.heads}")
+        return self
+
+
+class Attention(Heads):
+    """Full causal attention."""
+
+    kind: Literal["attention"] = "attention"
+    persistent: Annotated[int, Field(ge=0)] = 0
+
+
+class WindowAttention(Heads):
+    """Sliding-window attention over the last ``window`` tokens and ``persistent`` learnt tokens."""
+
+    kind: Literal["window_attention"] = "window_attention"
+    window: Count = 256
+    persistent: Annotated[int, Field(ge=0)] = 0
+
+
+class NeuralMemory(Strict):
+    """Titans LMM: the memory layer alone."""
+
+    kind: Literal["neural_memory"] = "neural_memory"
+    memory: MemoryConfig = MemoryConfig()
+
+
+class TitansMAC(Heads):
+    """Titans MAC: memory as context, in segments of ``segment`` tokens (Titans, eqs. 21-25)."""
+
+    kind: Literal["titans_mac"] = "titans_mac"
+    segment: Count = 128
+    persistent: Annotated[int, Field(ge=0)] = 4
+    gate: Literal["sigmoid", "silu"] = "sigmoid"
+    memory: MemoryConfig = MemoryConfig()
+
+
+class TitansMAG(Heads):
+    """Titans MAG: memory as a gate on sliding-window attention (Titans, eqs. 26-28)."""
+
+    kind: Literal["titans_mag"] = "titans_mag"
+    window: Count = 256
+    persistent: Annotated[int, Field(ge=0)] = 4
+    gate: Literal["sigmoid", "silu"] = "sigmoid"
+    memory: MemoryConfig = MemoryConfig()
+
+
+class TitansMAL(Heads):
+    """Titans MAL: memory as a layer before sliding-window attention (Titans, eqs. 29-31)."""
+
+    kind: Literal["titans_mal"] = "titans_mal"
+    window: Count = 256
+    persistent: Annotated[int, Field(ge=0)] = 4
+    memory: MemoryConfig = MemoryConfig()
+
+
+class Mixture(Strict):
+    """Mixture of memories: each token goes to ``top_k`` of ``memories``, and with ``shared`` to one more.
+
+    ``rule`` is that of every memory; ``memory`` describes it for the rule neural, and is null for the others, which
+    work in chunks of ``chunk_size`` tokens. ``projections``: k, v and the gates from matrices of each memory's own, or
+    from one for all. ``balance_weight`` and ``router_z_weight`` weigh the router's losses in training.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    rule: Literal["gated_delta", "delta", "linear_attention", "neural"] = "gated_delta"
+    heads: Count = 4
+    memories: Annotated[int, Field(ge=1, le=64)] = 4
+    top_k: Annotated[int, Field(ge=1, le=8)] = 2
+    shared: bool = True
+    projections: Literal["per_memory", "shared"] = "per_memory"
+    conv: Annotated[int, Field(ge=0, le=16)] = 4
+    chunk_size: Count = 64
+    output_gate: Literal["silu", "none"] = "silu"
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    router_z_weight: Annotated[float, Field(ge=0)] = 0.0
+    memory: MemoryRule | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.top_k > self.memories:
+            raise ValueError(f"top_k was {self.top_k}; it must be at most memories = {self.memories}")
+        if (self.memory is None) == (self.rule == "neural"):
+            must = "be given for the rule neural" if self.memory is None else f"be null for the rule {self.rule}"
+            raise ValueError(f"memory was {'null' if self.memory is None else 'a section'}; it must {must}")
+        return self
+
+
+MixerConfig = Annotated[
+    Union[Attention, WindowAttention, NeuralMemory, TitansMAC, TitansMAG, TitansMAL, Mixture],  # noqa: UP007
+    Field(discriminator="kind"),
+]
