@@ -1,5 +1,6 @@
 """Operations on tensors: pure functions, each with a reference, a plain-torch path and its cost."""
 
+from .chunk_attention import ChunkLayout, chunk_attention, select_chunks
 from .cross_entropy import linear_cross_entropy
 from .delta_rule import delta_rule
 from .grouped_linear import grouped_linear
@@ -12,9 +13,11 @@ from .short_conv import short_conv
 from .window_attention import window_attention
 
 __all__ = [
+    "ChunkLayout",
     "MemorySpec",
     "Routing",
     "balance_loss",
+    "chunk_attention",
     "combine",
     "delta_rule",
     "dispatch",
@@ -29,6 +32,7 @@ __all__ = [
     "rms_norm",
     "route",
     "router_z_loss",
+    "select_chunks",
     "short_conv",
     "window_attention",
 ]
