@@ -7,10 +7,19 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
+from .hmt_config import HMTConfig
 from .mixer_config import MixerConfig
 from .strict import ConfigError, Count, Positive, Strict
 
@@ -218,6 +227,7 @@ class ModelConfig(Strict):
 
     ``ffn_hidden``: null rounds 8/3 dim up to a multiple of 32, 0 leaves the MLP out. ``softcap`` (null: none) bounds
     the logits by softcap * tanh(logits / softcap). ``z_loss`` weighs log-sum-exp squared in the training loss.
+    ``hmt`` (null: none) cuts the text into segments with memory across them.
     """
 
     vocab_size: Count
@@ -231,6 +241,7 @@ class ModelConfig(Strict):
     softcap: Positive | None = None
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     init_std: Positive = 0.02
+    hmt: HMTConfig | None = None
 
     @field_validator("mixer", mode="before")
     @classmethod
@@ -251,6 +262,11 @@ class ModelConfig(Strict):
                 width = self.dim // mixer.heads  # type: ignore[union-attr]
                 raise ValueError(f"head width of mixer {mixer.kind} was {width}; it must be even for rope: true")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A part that a model does not have is not written: records from before there was such a part stay equal."""
+        return {key: value for key, value in dump(self).items() if key != "hmt" or value is not None}
 
     @property
     def hidden(self) -> int:

@@ -18,6 +18,7 @@ from ..configs import find_config
 from ..kernels import linear_cross_entropy
 from .block import Block
 from .config import ConfigError, ModelConfig, apply_overrides, load_yaml, validate
+from .hmt import SegmentMemory
 from .layers import Embedding, Linear, RMSNorm, autocast_dtype
 from .losses import collected
 from .mixers import LayerState
@@ -58,6 +59,7 @@ class MemoryLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, config.init_std)
+        self.hmt = None if config.hmt is None else SegmentMemory(config, config.hmt)
         self.fingerprint = fingerprint(config)
 
     def reset_parameters(self) -> None:
@@ -92,24 +94,49 @@ class MemoryLM(nn.Module):
         keep = targets is None if return_state is None else return_state
         with collected() as found:
             x, after = self._hidden(tokens, state, cu_seqlens, keep)
-        aux = {name: torch.stack(values).sum() for name, values in found.items()}
+        passes = 1 if self.hmt is None else self.hmt.passes
+        aux = {name: torch.stack(values).sum() / passes for name, values in found.items()}
         if targets is None:
             return Output(logits=self._logits(x), state=after)
+        targets = self.counted(targets, state, cu_seqlens)
         valid = (targets != IGNORE).sum()
         loss = self._loss(x, targets, "none" if reduction == "none" else "sum")
         if reduction == "none":
             return Output(loss=loss, loss_sum=loss.sum(), valid=valid, state=after)
         return Output(loss=loss / valid.clamp(min=1), loss_sum=loss, valid=valid, state=after, aux=aux)
 
+    def counted(self, targets: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``targets`` of tokens that follow ``state``, with −100 for those that this model must not be judged by: all
+        that it is told of before it says them (``hmt.recall: half``)."""
+        if self.hmt is None or self.hmt.recall_by != "half":
+            return targets
+        position = None if state is None else state.position
+        return self.hmt.counted(targets, position, cu_seqlens)
+
+    def through(
+        self, x: Tensor, layers: list[LayerState] | None, cu_seqlens: Tensor | None, keep: bool
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Embeddings x [B, T, dim] through all blocks and the last norm, and the blocks' states (empty unless kept)."""
+        after: list[LayerState] = []
+        for i, block in enumerate(self.blocks):
+            x, layer = block(x, None if layers is None else layers[i], cu_seqlens, keep)
+            after.append(layer)
+        return self.norm(x), after if keep else []
+
+    def fresh(self, batch: int) -> list[LayerState]:
+        """The states of the blocks before the first token."""
+        weight = self.embed.weight
+        return [block.mixer.init_state(batch, weight.device, weight.dtype) for block in self.blocks]  # type: ignore[operator,union-attr]
+
     def _hidden(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, keep: bool
     ) -> tuple[Tensor, State | None]:
-        x = self.embed(tokens)
-        layers: list[LayerState] = []
-        for i, block in enumerate(self.blocks):
-            x, layer = block(x, None if state is None else state.layers[i], cu_seqlens, keep)
-            layers.append(layer)
-        x = self.norm(x)
+        held = None if state is None else state.layers
+        if self.hmt is None:
+            x, layers = self.through(self.embed(tokens), held, cu_seqlens, keep)
+        else:
+            position = None if state is None else state.position
+            x, layers = self.hmt(self, tokens, held, position, cu_seqlens, keep)
         if not keep:
             return x, None
         rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -137,15 +164,19 @@ class MemoryLM(nn.Module):
     def per_token_loss(
         self, tokens: Tensor, targets: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """−log p of each target in nats, float32 [B, T] (0 where it is −100), and the state after the tokens."""
+        """−log p of each target in nats, float32 [B, T], and the state after the tokens.
+
+        0 where the target is −100; NaN where the model must not be judged by it, see :meth:`counted`.
+        """
         output = self(tokens, state, cu_seqlens, targets, return_state=True, reduction="none")
-        return output.loss, output.state
+        counted = self.counted(targets, state, cu_seqlens)
+        loss = output.loss if counted is targets else output.loss.masked_fill(counted != targets, torch.nan)
+        return loss, output.state
 
     def init_state(self, batch: int) -> State:
         """The state of ``batch`` sequences before their first token."""
-        weight = self.embed.weight
-        layers = [block.mixer.init_state(batch, weight.device, weight.dtype) for block in self.blocks]  # type: ignore[operator,union-attr]
-        return State(layers, torch.zeros(batch, dtype=torch.int64, device=weight.device), self.fingerprint)
+        layers = self.fresh(batch) if self.hmt is None else self.hmt.init_state(self, batch)
+        return State(layers, torch.zeros(batch, dtype=torch.int64, device=self.embed.weight.device), self.fingerprint)
 
     def _check(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, targets: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():
@@ -172,25 +203,36 @@ class MemoryLM(nn.Module):
                 raise ValueError(f"state was of {state.rows} sequences; it must have {rows}, one for each of tokens")
 
     def _ask(self, tokens: Tensor, method: str) -> dict[str, Tensor]:
-        """What a method of each mixer says of its own input on these tokens, by ``layer.{i}/{name}``.
+        """What a method of each mixer says of its own input on these tokens, by ``layer.{i}/{name}``, and of the memory
+        over segments, by ``hmt/{name}``. What is said of each segment is put together.
 
         The mixers are asked from inside a forward, where sharded parameters are gathered.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, list[Tensor]] = {}
         handles = []
         for i, block in enumerate(self.blocks):
 
             def ask(module: nn.Module, args: tuple[Any, ...], layer: int = i) -> None:
-                told = getattr(module, method)(args[0])
-                found.update({f"layer.{layer}/{name}": value for name, value in told.items()})
+                part = slice(None) if self.hmt is None else self.hmt.reading
+                if part is None:
+                    return
+                for name, value in getattr(module, method)(args[0]).items():
+                    value = value[:, part] if value.dim() > 1 else value
+                    found.setdefault(f"layer.{layer}/{name}", []).append(value)
 
             handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr]
+        recalled: list[Tensor] = []
+        if self.hmt is not None and self.hmt.recall is not None:
+            handles.append(self.hmt.recall.register_forward_hook(lambda *call: recalled.append(call[-1][1])))
         try:
             self(tokens, return_state=False, targets=torch.zeros_like(tokens))
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        told = {name: torch.cat(x, 1) if x[0].dim() > 1 else torch.stack(x).mean(0) for name, x in found.items()}
+        if recalled and self.hmt is not None:
+            told |= {f"hmt/{name}": x for name, x in getattr(self.hmt, method)(recalled, tokens).items()}
+        return told
 
     @torch.no_grad()
     def diagnostics(self, tokens: Tensor) -> dict[str, float]:
@@ -241,7 +283,7 @@ def _flops(config: str, seq_len: int) -> int:
 
 def fingerprint(config: ModelConfig) -> str:
     """Names what the configuration computes: 16 hex digits, equal for models that can take each other's state."""
-    content = config.model_dump(mode="json", exclude={"init_std", "z_loss"})
+    content = config.model_dump(mode="json", exclude={"init_std": True, "z_loss": True, "hmt": {"bptt"}})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
