@@ -149,7 +149,79 @@ class Mixture(Strict):
         return self
 
 
+class Scorer(Strict):
+    """How a chunk of tokens becomes one summary: their ``mean``; the mean of the ``tokens`` that the chunk's own later
+    tokens attend to most (``representative``); a small network over windows of ``width`` tokens at every ``stride``
+    (``strided_mlp``); what a learnt token reads from the chunk (``landmark``).
+    """
+
+    kind: Literal["mean", "representative", "strided_mlp", "landmark"] = "mean"
+    tokens: Count = 4
+    width: Count = 8
+    stride: Count = 4
+
+
+class ChunkMemory(Heads):
+    """A memory of the past in chunks of ``chunk_size`` tokens, of which a token reads the ``top_k`` best.
+
+    ``share``: so many consecutive tokens read the chunks that the first of them chooses. ``branching`` (null: none):
+    choosing goes down a tree of means of so many summaries.
+    """
+
+    chunk_size: Count = 32
+    top_k: Count = 8
+    share: Count = 1
+    branching: Annotated[int, Field(ge=2)] | None = None
+    scorer: Scorer = Scorer()
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        if self.scorer.kind == "strided_mlp" and self.scorer.width > self.chunk_size:
+            was = self.scorer.width
+            raise ValueError(f"width of scorer was {was}; it must be at most chunk_size = {self.chunk_size}")
+        return self
+
+
+class HCAM(ChunkMemory):
+    """Local attention over ``window`` tokens, then two-level attention over chunks (HCAM, Lampinen et al., 2021).
+
+    ``selectors`` heads choose chunks, each for heads / selectors heads, by keys of ``selection_width`` (null: the head
+    width). ``combine``: what the memory says is added, or first goes through a gate per head. ``detach``: no gradient
+    into what is remembered, as in the paper.
+    """
+
+    kind: Literal["hcam"] = "hcam"
+    window: Count = 64
+    persistent: Annotated[int, Field(ge=0)] = 0
+    selectors: Count = 1
+    selection_width: Count | None = None
+    combine: Literal["residual", "gate"] = "residual"
+    detach: bool = False
+
+    @model_validator(mode="after")
+    def _selects(self) -> Self:
+        if self.heads % self.selectors:
+            raise ValueError(f"selectors was {self.selectors}; it must divide heads = {self.heads}")
+        if self.top_k < 2:
+            must = "be at least 2: the weight of a lone chunk is 1 and teaches nothing about choosing"
+            raise ValueError(f"top_k was {self.top_k}; it must {must}")
+        return self
+
+
+class BlockUnion(ChunkMemory):
+    """One softmax over all tokens of the chosen chunks and of the token's own chunk (MoBA, Lu et al., 2025)."""
+
+    kind: Literal["block_union"] = "block_union"
+
+    @model_validator(mode="after")
+    def _nothing_to_learn(self) -> Self:
+        if self.scorer.kind not in ("mean", "representative"):
+            must = "be mean or representative: no gradient reaches a summary that only chooses"
+            raise ValueError(f"kind of scorer was {self.scorer.kind!r}; it must {must}")
+        return self
+
+
 MixerConfig = Annotated[
-    Union[Attention, WindowAttention, NeuralMemory, TitansMAC, TitansMAG, TitansMAL, Mixture],  # noqa: UP007
+    Union[Attention, WindowAttention, NeuralMemory, TitansMAC, TitansMAG, TitansMAL, Mixture, HCAM, BlockUnion],  # noqa: UP007
     Field(discriminator="kind"),
 ]

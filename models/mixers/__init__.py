@@ -6,6 +6,8 @@ from typing import Any
 from ..config import ModelConfig
 from ..mixer_config import MixerConfig
 from .attention import Attention
+from .block_union import BlockUnionAttention
+from .hcam import HierarchicalMemory
 from .mac import MemoryAsContext
 from .mag import MemoryAsGate
 from .mal import MemoryAsLayer
@@ -23,6 +25,8 @@ MIXERS: dict[str, Callable[[ModelConfig, Any], Mixer]] = {
     "titans_mag": MemoryAsGate,
     "titans_mal": MemoryAsLayer,
     "mixture": MixtureOfMemories,
+    "hcam": HierarchicalMemory,
+    "block_union": BlockUnionAttention,
 }
 
 

@@ -9,6 +9,7 @@ from palimpsest.models.mixers import Mixer, make_mixer
 
 DIM = 8
 MEMORY = {"heads": 2, "chunk_size": 5, "expansion": 2, "conv": 3}
+HCAM = {"kind": "hcam", "heads": 2, "window": 4, "chunk_size": 3, "top_k": 2}
 MIXTURE = {"kind": "mixture", "heads": 2, "memories": 3, "top_k": 2, "conv": 3, "chunk_size": 5}
 
 #: name → the ``mixer`` section of a configuration. Chunks of 5 and segments of 7 end at different tokens on purpose.
@@ -48,6 +49,32 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "shared": False,
         "projections": "shared",
         "memory": {"network": "linear", "rule": "gd", "retention": "none", "chunk_size": 4, "read_after_write": False},
+    },
+    "hcam": HCAM,
+    "hcam, shared": {
+        **HCAM,
+        "heads": 4,
+        "kv_heads": 2,
+        "selectors": 2,
+        "selection_width": 3,
+        "share": 4,
+        "persistent": 2,
+        "combine": "gate",
+        "scorer": {"kind": "landmark"},
+    },
+    "hcam, tree": {**HCAM, "branching": 2, "chunk_size": 2, "scorer": {"kind": "strided_mlp", "width": 2, "stride": 1}},
+    "hcam, representative": {**HCAM, "chunk_size": 4, "scorer": {"kind": "representative", "tokens": 2}, "share": 2},
+    "block union": {"kind": "block_union", "heads": 2, "chunk_size": 3, "top_k": 2},
+    "block union, grouped": {
+        "kind": "block_union",
+        "heads": 4,
+        "kv_heads": 2,
+        "rope": False,
+        "chunk_size": 4,
+        "top_k": 1,
+        "share": 3,
+        "branching": 2,
+        "scorer": {"kind": "representative", "tokens": 2},
     },
 }
 

@@ -23,6 +23,9 @@ SIZES = {
     "170m/mom_linear": 198_889_152,
     "170m/mom_neural": 206_566_464,
     "170m/mom_hybrid": 184_659_168,
+    "170m/hcam": 170_585_856,
+    "170m/block_union": 169_691_904,
+    "170m/hcam_titans": 170_420_640,
     "340m/transformer": 341_099_520,
     "340m/titans_lmm": 337_883_136,
     "340m/titans_mac": 338_350_080,
@@ -32,6 +35,9 @@ SIZES = {
     "340m/mom_linear": 440_192_256,
     "340m/mom_neural": 466_956_288,
     "340m/mom_hybrid": 390_449_280,
+    "340m/hcam": 341_124_096,
+    "340m/block_union": 341_099_520,
+    "340m/hcam_titans": 341_862_912,
     "760m/transformer": 757_016_064,
     "760m/titans_lmm": 759_268_608,
     "760m/titans_mac": 759_969_024,
@@ -46,6 +52,9 @@ SIZES = {
     "tiny/mom_linear": 1_076_512,
     "tiny/mom_neural": 1_163_072,
     "tiny/mom_hybrid": 949_456,
+    "tiny/hcam": 837_248,
+    "tiny/block_union": 836_736,
+    "tiny/hcam_titans": 843_488,
 }
 
 
