@@ -22,11 +22,13 @@ from torch import Tensor
 from ..backend import launchable
 from ..launch import interpreted
 from ..op import Cost
+from .draw import BITS, Draw
 from .gpus import Gpu, find_gpu
 from .measure import interleave, peak_bytes, ratio, write
 from .peers import peers
 from .report import DTYPES, scaled
-from .workloads import BITS, Draw, Workload, floats, leaves, moved, parse_sizes, parse_sweep, selected, written
+from .sizes import parse_sizes, parse_sweep, written
+from .workloads import Workload, floats, leaves, moved, selected
 
 #: RMS-relative distance from the float64 reference on the same numbers. Half precision: operands and results are
 #: rounded to 2^-9 (bf16) or 2^-12, a few times on the way; float32 on a GPU: products may run in tf32 (2^-11).

@@ -5,7 +5,7 @@ from math import log10
 from typing import Any
 
 from .report import kernel_text, scaled
-from .workloads import written
+from .sizes import written
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 900, 520, 70, 50
 COLOURS = ("#1b6ca8", "#c0392b", "#27884a", "#8e5ea2", "#b9770e", "#16817a", "#7f5539", "#5d6d7e", "#a23b72", "#3d5a80")

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from ..launch import Launch, planning
 from ..op import Cost
+from .draw import BITS, Draw
 from .gpus import GPUS, Gpu, find_gpu
 from .offline import Facts, specialise_launch
 from .plans import compile_all
-from .workloads import BITS, Draw, Workload, floats, leaves, parse_sizes, selected, written
+from .sizes import parse_sizes, written
+from .workloads import Workload, floats, leaves, selected
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -3,7 +3,8 @@
 A workload draws its arguments, calls the operation's public function with a backend, and knows the cost of forward and
 backward. Sizes are named by letters: B rows, T tokens, H heads, D width of a head, G heads of keys and values, C
 channels, K width of a convolution, V vocabulary, W window, P prefix, M rows of a matrix (of which T are independent),
-E memories to route to, S of which a token goes to, and to a shared one.
+E memories to route to, S of which a token goes to, and to a shared one. Of attention over chunks, C is the tokens of a
+chunk, S the chunks that a query reads, and R the queries that choose them together.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .. import (
+    ChunkLayout,
     MemorySpec,
+    chunk_attention,
     combine,
     delta_rule,
     dispatch,
@@ -29,45 +31,15 @@ from .. import (
     newton_schulz,
     rms_norm,
     route,
+    select_chunks,
     short_conv,
     window_attention,
 )
 from ..op import OPERATIONS, Cost
+from .draw import Draw
+from .sizes import Sizes
 
-Sizes = Mapping[str, int]
-Build = Callable[["Draw", Sizes], dict[str, Any]]
-BITS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
-
-
-class Draw:
-    """Random tensors of a dtype on a device; for ``empty`` uninitialised ones, and zeros for integers."""
-
-    def __init__(self, dtype: torch.dtype, device: str = "cpu", *, seed: int = 0, empty: bool = False) -> None:
-        self.dtype, self.device, self.empty = dtype, device, empty
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers of standard deviation ``scale``."""
-        if self.empty:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        return (scale * torch.randn(shape, generator=self.generator, device=self.device)).to(self.dtype)
-
-    def unit(self, *shape: int) -> Tensor:
-        """Vectors of length 1 along the last dimension."""
-        return self.normal(*shape) if self.empty else normalize(self.normal(*shape).float(), dim=-1).to(self.dtype)
-
-    def gate(self, low: float, high: float, *shape: int) -> Tensor:
-        """Uniform numbers between two bounds, in float32 (float64 for float64)."""
-        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if self.empty:
-            return torch.empty(shape, dtype=kind, device=self.device)
-        return (low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)).to(kind)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        """Integers in 0 .. high - 1."""
-        if self.empty:
-            return torch.zeros(shape, dtype=torch.int64, device=self.device)
-        return torch.randint(high, shape, generator=self.generator, device=self.device)
+Build = Callable[[Draw, Sizes], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -250,6 +222,41 @@ def _routed_cost(sizes: Sizes, itemsize: int, operation: str) -> tuple[Cost, Cos
     return forward, backward
 
 
+def _chunks(draw: Draw, sizes: Sizes) -> dict[str, Any]:
+    b, t, h, d, g, c, kept, share = (sizes[name] for name in "BTHDGCSR")
+    tokens = {"q": draw.normal(b, t, h, d), "k": draw.normal(b, t, g, d), "v": draw.normal(b, t, g, d)}
+    summaries = {"summary_q": draw.normal(b, t, 1, d), "summary_k": draw.normal(b, -(-t // c), 1, d)}
+    return {**tokens, **summaries, "top_k": kept, "chunk_size": c, "share": share}
+
+
+def _chunks_cost(sizes: Sizes, itemsize: int, read: str) -> tuple[Cost, Cost]:
+    """Costs of the attention, and forward of the choice."""
+    b, t, h, d, g, c, kept, share = (sizes[name] for name in "BTHDGCSR")
+    shapes = (b, t, h, d), (b, t, g, d), (b, t, 1, d), (b, -(-t // c), 1, d)
+    of = partial(OPERATIONS["chunk_attention"].cost, *shapes, kept, chunk_size=c, union=read == "union")
+    choice = OPERATIONS["select_chunks"].cost(*shapes[2:], kept, share=share, itemsize=itemsize)
+    return of(itemsize=itemsize) + choice, of(itemsize=itemsize, backward=True)
+
+
+def _choice(
+    summary_q: Tensor, summary_k: Tensor, top_k: int, chunk_size: int, share: int, *, backend: str | None
+) -> Tensor:  # fmt: skip
+    """Relevance of the chosen chunks, which alone has gradients."""
+    batch, length = summary_q.shape[:2]
+    layout = ChunkLayout.regular(batch, length, chunk_size, share, summary_q.device)
+    chosen = select_chunks(summary_q, summary_k, layout, top_k, backend=backend).long()
+    read = summary_k.flatten(0, 1)[chosen.clamp(min=0), torch.arange(summary_q.shape[2], device=chosen.device)[:, None]]
+    return torch.where(chosen < 0, 0.0, (read * summary_q[..., None, :]).sum(-1))
+
+
+def _choice_cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
+    """Costs of the choice, and of the relevance of what is chosen."""
+    b, t, d, c, kept, share = (sizes[name] for name in "BTDCSR")
+    shapes = (b, t, 1, d), (b, -(-t // c), 1, d)
+    of = OPERATIONS["select_chunks"].cost(*shapes, kept, share=share, itemsize=itemsize)
+    return of, Cost(4 * b * t * kept * d, itemsize * b * t * (2 + kept) * d)
+
+
 HEADS: Sizes = {"B": 8, "T": 4096, "H": 16, "D": 64}
 FEW: Sizes = {"B": 1, "T": 512, "H": 4, "D": 64}
 TINY: Sizes = {"B": 2, "T": 147, "H": 2, "D": 64}
@@ -275,6 +282,33 @@ def _memories() -> list[Workload]:
         )
         for name, spec in specs.items()
     ]
+
+
+def _chunked() -> list[Workload]:
+    sizes = {"G": 4, "C": 64, "S": 16, "R": 64}
+    attend = [
+        Workload(
+            f"chunk_attention/{read}_c64_top16",
+            chunk_attention,
+            _chunks,
+            partial(_chunks_cost, read=read),
+            {**HEADS, **sizes},
+            {**FEW, **sizes, "C": 32, "S": 4},
+            {**TINY, **sizes, "G": 1, "C": 8, "S": 3, "R": 8},
+            {"read": read},
+        )
+        for read in ("two_level", "union")
+    ]
+    names = ("summary_q", "summary_k", "top_k", "chunk_size", "share")
+    choose = replace(
+        attend[0],
+        name="select_chunks/c64_top16",
+        function=_choice,
+        build=lambda draw, sizes: {name: x for name, x in _chunks(draw, sizes).items() if name in names},
+        cost=_choice_cost,
+        options={},
+    )
+    return [*attend, choose]
 
 
 def _made() -> list[Workload]:
@@ -323,6 +357,7 @@ def _made() -> list[Workload]:
     ]
     return [
         *_memories(),
+        *_chunked(),
         *routed,
         *linear,
         window,
@@ -390,32 +425,6 @@ def _made() -> list[Workload]:
 WORKLOADS = {workload.name: workload for workload in _made()}
 
 
-def parse_sizes(words: list[str]) -> dict[str, int]:
-    """``T=16k B=2`` as sizes; k is 1024.
-
-    Raises:
-        ValueError: for a word that is not LETTER=NUMBER.
-    """
-    found = {}
-    for word in words:
-        name, _, number = word.partition("=")
-        if len(name) != 1 or not number.removesuffix("k").isdigit():
-            raise ValueError(f"size was {word!r}; it must be a letter, '=' and a number, as in T=16k")
-        found[name] = int(number.removesuffix("k")) * (1024 if number.endswith("k") else 1)
-    return found
-
-
-def parse_sweep(text: str) -> list[dict[str, int]]:
-    """``T=1k..64k`` as the sizes T = 1024, 2048, … 65536; ``T=1k,3k`` as those two."""
-    name, _, rest = text.partition("=")
-    if ".." not in rest:
-        return [parse_sizes([f"{name}={number}"]) for number in rest.split(",")]
-    low, high = (parse_sizes([f"{name}={number}"])[name] for number in rest.split("..", 1))
-    if not 0 < low <= high:
-        raise ValueError(f"sweep was {text!r}; it must go up, as in T=1k..64k")
-    return [{name: low << i} for i in range((high // low).bit_length())]
-
-
 def selected(only: list[str]) -> list[Workload]:
     """The workloads whose name holds one of these texts; all for none.
 
@@ -426,8 +435,3 @@ def selected(only: list[str]) -> list[Workload]:
     if not found:
         raise ValueError(f"workloads were {only}; they must match some of {sorted(WORKLOADS)}")
     return found
-
-
-def written(sizes: Sizes) -> str:
-    """``B8 T4096 H16 D64``."""
-    return " ".join(f"{name}{number}" for name, number in sizes.items())

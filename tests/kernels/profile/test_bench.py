@@ -15,10 +15,11 @@ from palimpsest.kernels import delta_rule, linear_attention, window_attention
 from palimpsest.kernels.op import Cost
 from palimpsest.kernels.profile import __main__ as command
 from palimpsest.kernels.profile import bench
+from palimpsest.kernels.profile.draw import Draw
 from palimpsest.kernels.profile.gpus import GPUS
 from palimpsest.kernels.profile.measure import interleave
 from palimpsest.kernels.profile.peers import peers
-from palimpsest.kernels.profile.workloads import WORKLOADS, Draw
+from palimpsest.kernels.profile.workloads import WORKLOADS
 
 CPU = bench.Setting("cpu", torch.float32, 2, None)
 NORM = WORKLOADS["l2_norm/d64"]

@@ -13,17 +13,11 @@ from harness import error
 
 from palimpsest.kernels.op import OPERATIONS
 from palimpsest.kernels.profile import html, report
+from palimpsest.kernels.profile.draw import Draw
 from palimpsest.kernels.profile.gpus import GPUS
 from palimpsest.kernels.profile.plans import launches_of
-from palimpsest.kernels.profile.workloads import (
-    WORKLOADS,
-    Draw,
-    floats,
-    moved,
-    parse_sizes,
-    parse_sweep,
-    selected,
-)
+from palimpsest.kernels.profile.sizes import parse_sizes, parse_sweep
+from palimpsest.kernels.profile.workloads import WORKLOADS, floats, moved, selected
 
 
 def test_every_operation_has_a_workload() -> None:
