@@ -71,6 +71,10 @@ class TrainConfig(Strict):
     """How many checkpoints stay."""
     resume: str = "auto"
     """auto: from the run folder's newest sound checkpoint; never: only a new folder; else a checkpoint's path."""
+    init: str | None = None
+    """A finished run's folder, whose weights this one starts from where names and shapes agree; null: fresh ones."""
+    freeze_backbone: bool = False
+    """Train the memory over segments (``model.hmt``) alone."""
     max_bad_steps: Count = 5
     """Consecutive steps with a non-finite loss or gradient, each of them skipped, after which training stops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

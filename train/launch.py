@@ -19,6 +19,7 @@ from .config import FREE, ConfigError, RunConfig, load_yaml, read_config
 from .data import Corpus, prepare
 from .parallel import World
 from .split import Split
+from .start import freeze_backbone, start_from
 
 logger = logging.getLogger("palimpsest.train")
 
@@ -140,6 +141,10 @@ def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.o
     settings = config.train
     torch.manual_seed(config.seed)
     core = build(config.plain()).to(world.device)
+    if settings.init is not None:
+        start_from(core, settings.init, quiet=not world.first)
+    if settings.freeze_backbone:
+        freeze_backbone(core)
     if settings.activation_checkpointing:
         parallel.checkpoint_blocks(core.blocks)
     if settings.compile:
