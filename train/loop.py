@@ -190,12 +190,13 @@ class Run:
         return batches, int(counts[0]), bool(counts[1])
 
     def share(self, split: Split, index: int) -> list[Batch]:
-        """This process's rows of the global batch ``index``, in micro batches in main memory; −100 is what does not count."""
+        """This process's rows of the global batch ``index``, in micro batches, in main memory."""
         settings, size = self.settings, self.micro_size
         shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
         first = self.world.rank * self.micro_batches * size
         rows = [range(first + i * size, first + (i + 1) * size) for i in range(self.micro_batches)]
         batches = [split.batch(index, seed=self.config.seed, rows=some, **shape) for some in rows]
+        # What a model must not be judged by is no target.
         return [batch._replace(targets=self.core.counted(batch.targets, None, batch.cu_seqlens)) for batch in batches]
 
     def update(self, batches: list[Batch], valid: int) -> Record:
