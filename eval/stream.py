@@ -48,11 +48,13 @@ def measure(run: Run, tokens: int, chunk: int) -> dict[str, Any]:
     text = torch.from_numpy(np.asarray(split.read(0, tokens)))[None].to(run.device)
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
+    counted = 0
     sizes: list[int] = []
     seen = last = 0
     began = lap = time.perf_counter()
     for loss, state in stream(run.model, text, chunk):
-        losses.append(float(loss.double().sum()))
+        losses.append(float(loss.double().nansum()))  # NaN is what a model must not be judged by
+        counted += int((~loss.isnan()).sum())
         seen += loss.shape[1]
         sizes.append(state.bytes)
         if seen * PARTS >= (len(rows) + 1) * (tokens - 1):
@@ -60,14 +62,14 @@ def measure(run: Run, tokens: int, chunk: int) -> dict[str, Any]:
             rows.append(
                 {
                     "tokens": seen,
-                    "bits_per_token": round(sum(losses) / (seen - last) / math.log(2), 4),
+                    "bits_per_token": round(sum(losses) / max(counted, 1) / math.log(2), 4),
                     "state_bytes": state.bytes,
                     "process_bytes": resident(run.device),
                     "tokens_per_second": round((seen - last) / (now - lap)),
                 }
             )
             print(report.table(list(rows[-1]), [[f"{x:,}" for x in rows[-1].values()]]).splitlines()[-1], flush=True)
-            losses, last, lap = [], seen, now
+            losses, counted, last, lap = [], 0, seen, now
     memory = [row["process_bytes"] for row in rows]
     return {
         "tokens": tokens,

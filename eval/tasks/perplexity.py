@@ -2,7 +2,8 @@
 
 Each row is one stretch of held-out text, read from its beginning in pieces of one training context with a carried
 state, so that memory does not grow with the length. Beside it, the same text read with a fresh state at every piece:
-what is gained over that is what the state carries from one context to the next.
+what is gained over that is what the state carries from one context to the next. What a model must not be judged by (NaN
+among its losses, see ``MemoryLM.counted``) is left out, nats and bytes.
 
 A worked example (training context 4, factor 2, bytes)::
 
@@ -71,19 +72,23 @@ def summary(carried: Tensor, fresh: Tensor | None, size: Tensor, start: int, sto
     ``by_row`` are the bits per byte of each row, for paired comparisons; ``stderr`` the standard error of their mean,
     None with fewer than two rows.
     """
-    carried, size = carried[:, start:stop], size[:, start:stop]
-    total, rows = size.sum().clamp(min=1), carried.shape[0]
-    by_row = carried.sum(1) / math.log(2) / size.sum(1).clamp(min=1)
+    carried, size, rows = carried[:, start:stop], size[:, start:stop], carried.shape[0]
+    by_row = _bits(carried, size, 1)
     return {
         "start": start,
         "stop": stop,
-        "tokens": rows * (stop - start),
-        "loss": carried.mean().item(),
-        "bits_per_byte": (carried.sum() / math.log(2) / total).item(),
+        "tokens": int((~carried.isnan()).sum()),
+        "loss": carried.nanmean().item(),
+        "bits_per_byte": _bits(carried, size).item(),
         "stderr": (by_row.std() / rows**0.5).item() if rows > 1 else None,
-        "fresh_bits_per_byte": None if fresh is None else (fresh[:, start:stop].sum() / math.log(2) / total).item(),
+        "fresh_bits_per_byte": None if fresh is None else _bits(fresh[:, start:stop], size).item(),
         "by_row": by_row.tolist(),
     }
+
+
+def _bits(nats: Tensor, size: Tensor, dim: int | None = None) -> Tensor:
+    """Bits per byte of what counts."""
+    return nats.nansum(dim) / math.log(2) / size.masked_fill(nats.isnan(), 0).sum(dim).clamp(min=1)
 
 
 def run(model: Any, rows: Tensor, byte_counts: Callable[[Tensor], Tensor], settings: Settings) -> dict[str, Any]:
@@ -111,6 +116,7 @@ def run(model: Any, rows: Tensor, byte_counts: Callable[[Tensor], Tensor], setti
     size = byte_counts(rows[:, 1:]).double()
     nats, baseline = torch.cat(carried), torch.cat(fresh) if fresh else None
     spans = [(start, min(stop, length)) for start, stop in buckets(context, settings.factor) if start < length]
+    spans = [(start, stop) for start, stop in spans if not nats[:, start:stop].isnan().all()]
     return {
         "context": context,
         "length": length,

@@ -87,3 +87,30 @@ def test_memory_stays_constant_along_the_text(run):
     rows = torch.ones(1, 16 * 8 + 1, dtype=torch.int64)
     perplexity.run(Watch(), rows, byte_sizes, perplexity.Settings(context=16, factor=8, fresh=False))
     assert len(sizes) == 8 and len(set(sizes)) == 1
+
+
+def test_what_a_model_must_not_be_judged_by_is_left_out(make_run, tmp_path):
+    """HMT as published sees the beginning of a segment before it says it: of 8 tokens, the first 3 do not count."""
+    from palimpsest.eval import harness, stream
+    from palimpsest.train.data import prepare
+
+    folder = make_run(tmp_path / "hmt", hmt={"segment": 8, "sensory": 2, "memories": 4, "recall": "half"})
+    run = harness.open_run(folder, torch.device("cpu"))
+    tokens = torch.randint(1, 256, (3, 161), generator=torch.Generator().manual_seed(0))
+    result = perplexity.run(run.model, tokens, byte_sizes, perplexity.Settings(context=32, factor=5, batch=2))
+    with torch.no_grad():
+        whole, _ = run.model.per_token_loss(tokens[:, :-1], tokens[:, 1:])
+    assert torch.equal(whole.isnan()[0], torch.arange(160) % 8 < 3)
+    for bucket in [*result["buckets"], result["overall"]]:
+        part = whole[:, bucket["start"] : bucket["stop"]]
+        assert bucket["tokens"] == part.numel() * 5 // 8
+        assert bucket["loss"] == pytest.approx(part.nanmean().item(), rel=1e-5)
+        assert bucket["bits_per_byte"] == pytest.approx(part.nanmean().item() / math.log(2), rel=1e-5)
+    beginning = perplexity.run(run.model, tokens[:, :4], byte_sizes, perplexity.Settings(context=3, factor=1))
+    assert beginning["buckets"] == []
+
+    text = torch.from_numpy(prepare(run.config.data).split("train").read(0, 401))[None]
+    with torch.no_grad():
+        loss, _ = run.model.per_token_loss(text[:, :-1], text[:, 1:])
+    bits = [row["bits_per_token"] for row in stream.measure(run, 401, 40)["rows"]]
+    assert bits == [round(float(part.double().nanmean()) / math.log(2), 4) for part in loss.split(40, 1)]
