@@ -13,13 +13,17 @@ from .chunk_store import ChunkStore, chunk_numbers
 from .mixer import LayerState, Mixer
 
 
-@lru_cache(maxsize=16)
-def _ages(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def ages(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """P [C, width], row j the sinusoids (Vaswani et al., 2017) of age C − 1 − j: sines, then cosines."""
+    rate = 10000.0 ** (torch.arange(0, width, 2, device=device, dtype=torch.float64) / -width)
+    angle = torch.arange(count - 1, -1, -1, device=device)[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], 1)[:, :width].to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _known_ages(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # made for inference it must serve training too
-        rate = 10000.0 ** (torch.arange(0, width, 2, device=device, dtype=torch.float64) / -width)
-        angle = torch.arange(count - 1, -1, -1, device=device)[:, None] * rate
-        return torch.cat([angle.sin(), angle.cos()], 1)[:, :width].to(dtype)
+        return ages(count, width, dtype, device)
 
 
 class HierarchicalMemory(Mixer):
@@ -67,7 +71,8 @@ class HierarchicalMemory(Mixer):
         q, choosing = self.ask(z).split([self.dim, self.keep.out_features], -1)
         past = z.detach() if self.mixer.detach else z
         position = token_positions(z.shape[1], None if state is None else state["position"], cu_seqlens, z.device)
-        placed = past + _ages(size, self.dim, z.dtype, z.device)[position % size]
+        table = ages if torch.compiler.is_compiling() else _known_ages
+        placed = past + table(size, self.dim, z.dtype, z.device)[position % size]
         k, v = self.kv(placed).unflatten(-1, (2 * self.kv_heads, self.width)).split(self.kv_heads, 2)
         keys = self.keep(past).unflatten(-1, (selectors, -1))
         return q.unflatten(-1, (self.heads, self.width)), k, v, choosing.unflatten(-1, (selectors, -1)), keys

@@ -63,7 +63,6 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "scorer": {"kind": "landmark"},
     },
     "hcam, tree": {**HCAM, "branching": 2, "chunk_size": 2, "scorer": {"kind": "strided_mlp", "width": 2, "stride": 1}},
-    "hcam, representative": {**HCAM, "chunk_size": 4, "scorer": {"kind": "representative", "tokens": 2}, "share": 2},
     "block union": {"kind": "block_union", "heads": 2, "chunk_size": 3, "top_k": 2},
     "block union, grouped": {
         "kind": "block_union",
