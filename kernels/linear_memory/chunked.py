@@ -60,6 +60,11 @@ def scaled(x: Tensor, by: Tensor | None) -> Tensor:
     return x if by is None else x * by.unsqueeze(-1)
 
 
+def flat(x: Tensor, wave: slice) -> Tensor:
+    """The chunks of a wave [m, M, ...] of x [n, M, ...] as one batch [m · M, ...]; x is contiguous, this is a view."""
+    return x[wave].view(-1, *x.shape[2:])
+
+
 def below(c: Chunks) -> Tensor:
     """L = tril(K Kᵀ ⊙ Γ, −1)."""
     return (c.k @ c.k.mT).mul_(c.decay.pair).tril_(-1)
@@ -83,13 +88,13 @@ def forward(c: Chunks, memory: Tensor, layout: Layout) -> tuple[Tensor, Tensor, 
         towards = inverse @ scaled(c.k, c.decay.since_start)
     states = c.k.new_empty(*c.k.shape[:2], c.k.shape[-1], c.v.shape[-1])
     keys = scaled(c.k, c.decay.until_end)
-    for i in range(layout.count):
-        state = states[i].copy_(layout.read(memory, i))
+    for wave in layout.waves:
+        state = flat(states, wave).copy_(layout.read(memory, wave))
         if c.beta is not None:
-            errors[i].baddbmm_(towards[i], state, alpha=-1.0)
-        kept = state if c.decay.whole is None else state * c.decay.whole[i].unsqueeze(-1)
-        written = scaled(errors[i], None if c.beta is None else c.beta[i])
-        memory = layout.write(memory, i, torch.baddbmm(kept, keys[i].mT, written))
+            flat(errors, wave).baddbmm_(flat(towards, wave), state, alpha=-1.0)
+        kept = state if c.decay.whole is None else scaled(state, flat(c.decay.whole, wave))
+        written = scaled(flat(errors, wave), None if c.beta is None else flat(c.beta, wave))
+        memory = layout.write(memory, wave, torch.baddbmm(kept, flat(keys, wave).mT, written))
     scores = (c.q @ c.k.mT).mul_(c.decay.pair)
     out = scores @ scaled(errors, c.beta)
     out += scaled(c.q, c.decay.since_start) @ states
@@ -120,14 +125,15 @@ def _scan_backward(
     if kept.inverse is not None:
         towards = scaled((kept.inverse @ scaled(c.k, c.decay.since_start)), None)
     d_states = torch.empty_like(kept.states)
-    for i in reversed(range(layout.count)):
-        d_state = d_states[i].copy_(layout.read(d_memory, i))
-        d_written[i].baddbmm_(keys[i], d_state)
-        d_before = d_state if c.decay.whole is None else d_state * c.decay.whole[i].unsqueeze(-1)
-        d_before = torch.baddbmm(d_before, queries[i].mT, d_out[i])
+    for wave in reversed(layout.waves):
+        d_state = flat(d_states, wave).copy_(layout.read(d_memory, wave))
+        flat(d_written, wave).baddbmm_(flat(keys, wave), d_state)
+        d_before = d_state if c.decay.whole is None else scaled(d_state, flat(c.decay.whole, wave))
+        d_before = torch.baddbmm(d_before, flat(queries, wave).mT, flat(d_out, wave))
         if towards is not None and c.beta is not None:
-            d_before.baddbmm_(towards[i].mT, scaled(d_written[i], c.beta[i]), alpha=-1.0)
-        d_memory = layout.write(d_memory, i, d_before)
+            shares = scaled(flat(d_written, wave), flat(c.beta, wave))
+            d_before.baddbmm_(flat(towards, wave).mT, shares, alpha=-1.0)
+        d_memory = layout.write(d_memory, wave, d_before)
     return d_written, d_states, d_memory
 
 

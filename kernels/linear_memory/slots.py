@@ -48,24 +48,42 @@ def make_slots(cu_seqlens: Tensor, length: int, chunk: int) -> Slots:
 
 
 class Layout:
-    """Token tensors [B, T, H, ...] as chunks [n, M, C, ...] that follow each other along n, and back.
+    """Token tensors [B, T, H, ...] as chunks [n, M, C, ...], and back.
 
-    Rows: n chunks of T each, M = B·H. Packed: n slots, M = H, each going on from its own sequence's memory.
+    Rows: n chunks of T each, M = B·H. Packed: n slots, M = H, each going on from its own sequence's memory. ``waves``
+    are stretches of n to be worked off in order, the chunks of each at once: a row's chunk is a wave of its own. On a
+    CPU, where sizes may be looked at, slots are sorted into waves by their number inside their sequence; elsewhere each
+    is a wave.
     """
 
     def __init__(self, batch: int, length: int, chunk: int, cu_seqlens: Tensor | None) -> None:
         self.batch, self.length, self.chunk, self.slots = batch, length, chunk, None
         if cu_seqlens is None:
             self.count = -(-length // chunk)
+            self.waves = [slice(i, i + 1) for i in range(self.count)]
             return
         self.slots = make_slots(cu_seqlens, length, chunk)
         self.count = self.slots.first.numel()
+        self.waves = [slice(i, i + 1) for i in range(self.count)]
         document = document_of(cu_seqlens, length)
         number = torch.arange(length, device=cu_seqlens.device) - cu_seqlens[document]
         self.place = self.slots.offset[document] * chunk + number
+        if cu_seqlens.device.type == "cpu":
+            self._sort_into_waves(self.slots)
         self.index = self.slots.first[:, None] + torch.arange(chunk, device=cu_seqlens.device)
         self.empty = self.index >= self.slots.stop[:, None]
         self.index = self.index.masked_fill(self.empty, 0)
+
+    def _sort_into_waves(self, slots: Slots) -> None:
+        """Put the first chunks of all sequences first, then the second ones; unused slots go with the first."""
+        before = slots.offset[slots.sequence.clamp(max=slots.offset.numel() - 2)]
+        number = (torch.arange(self.count) - before).masked_fill_(slots.sequence == slots.offset.numel() - 1, 0)
+        order = number.argsort(stable=True)
+        self.slots = Slots(slots.sequence[order], slots.first[order], slots.stop[order], slots.offset)
+        moved = torch.empty_like(order).scatter_(0, order, torch.arange(self.count))
+        self.place = moved[self.place // self.chunk] * self.chunk + self.place % self.chunk
+        ends = number.bincount().cumsum(0).tolist()
+        self.waves = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
     def lay(self, x: Tensor, kind: torch.dtype) -> Tensor:
         """Chunks of a token tensor; zero where there is no token, whatever the rest of the tensor holds."""
@@ -94,10 +112,12 @@ class Layout:
         """The inverse of :meth:`open`."""
         return memory.unflatten(0, (-1, heads)) if self.slots is None else memory[:-1].clone()
 
-    def read(self, memory: Tensor, i: int) -> Tensor:
-        """The memories [M, D, D_v] of the sequences of chunk i."""
-        return memory if self.slots is None else memory.index_select(0, self.slots.sequence[i : i + 1])[0]
+    def read(self, memory: Tensor, wave: slice) -> Tensor:
+        """The memories [m · M, D, D_v] of the sequences of a wave of m chunks."""
+        return memory if self.slots is None else memory.index_select(0, self.slots.sequence[wave]).flatten(0, 1)
 
-    def write(self, memory: Tensor, i: int, new: Tensor) -> Tensor:
-        """``memory`` with those of chunk i replaced."""
-        return new if self.slots is None else memory.index_copy_(0, self.slots.sequence[i : i + 1], new.unsqueeze(0))
+    def write(self, memory: Tensor, wave: slice, new: Tensor) -> Tensor:
+        """``memory`` with those of a wave replaced."""
+        if self.slots is None:
+            return new
+        return memory.index_copy_(0, self.slots.sequence[wave], new.unflatten(0, (-1, memory.shape[1])))
