@@ -3,6 +3,9 @@
 A summed loss has one incoming gradient, a number: the forward computes the gradients of x and weight along with the
 loss, while the logits of a chunk are there, and the backward only scales them. Losses of single tokens have an incoming
 gradient each, so there the backward computes the logits again.
+
+On a CPU, tokens whose target is ignored are left out before anything is computed; elsewhere to know how many those are
+would stall the device.
 """
 
 import torch
@@ -47,8 +50,7 @@ class Chunk:
         if grad is not None:
             rows = rows * grad
         d_logits = self.log_probability.exp_()
-        # Where nothing is ignored, all rows are 1: worth a look on a CPU, where it stalls nothing.
-        if grad is not None or self.z_loss or rows.device.type != "cpu" or not self.valid.all():
+        if grad is not None or self.z_loss or rows.device.type != "cpu":  # there, all rows are 1: see counted
             d_logits *= (rows * (1 + 2 * self.z_loss * self.log_sum) if self.z_loss else rows).unsqueeze(1)
         d_logits.scatter_add_(1, self.label, (rows * (self.smoothing - 1)).unsqueeze(1))
         if self.smoothing:
@@ -61,6 +63,19 @@ class Chunk:
         else:
             d_weight += d_logits.mT @ self.x
         return d_logits @ self.weight
+
+
+def counted(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Indices of the tokens that count, on a CPU where fewer than all do; None: take all."""
+    if target.device.type != "cpu":
+        return None
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    return rows if rows.numel() < target.numel() else None
+
+
+def spread(x: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """``x`` [n, ...] of the tokens ``rows`` among ``count`` tokens, zeros for the others."""
+    return x if rows is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
 
 
 @operator("linear_cross_entropy")
@@ -77,7 +92,10 @@ def forward(
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [N] or, with ``total``, their sum [], and then with ``gradients`` those of x [N, d] and weight [V, d]."""
-    losses, d_x = [], []
+    losses, d_x, count = [], [], x.shape[0]
+    rows = counted(target, ignore_index)
+    if rows is not None:
+        x, target = x[rows], target[rows]
     narrow = weight.to(x.dtype)
     keep = total and gradients
     d_weight = weight.new_zeros(weight.shape, dtype=compute_dtype(x)) if keep else absent(weight)
@@ -90,8 +108,8 @@ def forward(
         del tokens  # its logits, before the next chunk's are there
     loss = torch.cat([x.new_empty(0, dtype=compute_dtype(x)), *losses])
     if keep:
-        return loss.sum(), d_x[0] if len(d_x) == 1 else torch.cat([x[:0], *d_x]), d_weight
-    return loss.sum() if total else loss, absent(x), d_weight
+        return loss.sum(), spread(d_x[0] if len(d_x) == 1 else torch.cat([x[:0], *d_x]), rows, count), d_weight
+    return loss.sum() if total else spread(loss, rows, count), absent(x), d_weight
 
 
 @forward.register_fake
@@ -119,7 +137,10 @@ def backward(
 
     These are divided by the largest, and the sums multiplied with it: those of a mean would underflow in float16.
     """
-    narrow, kind = weight.to(x.dtype), compute_dtype(x)
+    narrow, kind, count = weight.to(x.dtype), compute_dtype(x), x.shape[0]
+    rows = counted(target, ignore_index)
+    if rows is not None:
+        x, target, grad = x[rows], target[rows], grad[rows]
     d_weight = weight.new_zeros(weight.shape, dtype=kind)
     d_x = [x[:0]]
     scale = torch.cat([grad.abs(), grad.new_zeros(1)]).amax()
@@ -129,7 +150,7 @@ def backward(
         tokens = Chunk(x[part], narrow, target[part], ignore_index, smoothing, z_loss, softcap)
         d_x.append((tokens.gradients(grad[part], d_weight).to(kind) * scale).to(x.dtype))
         del tokens
-    return torch.cat(d_x), (d_weight * scale).to(weight.dtype)
+    return spread(torch.cat(d_x), rows, count), (d_weight * scale).to(weight.dtype)
 
 
 @backward.register_fake
