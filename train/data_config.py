@@ -1,6 +1,6 @@
 """The ``data`` section of a run's configuration."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,8 +13,13 @@ class DataConfig(Strict):
     ``documents`` and ``folder`` do not change the tokenised corpus; every other key does, and is in its fingerprint.
     """
 
-    source: Literal["stdlib", "text", "jsonl", "parquet", "hf"] = "stdlib"
-    """stdlib: the Python standard library's own sources; hf: a Hugging Face dataset; the others: local files."""
+    source: Literal["stdlib", "text", "jsonl", "parquet", "hf", "task"] = "stdlib"
+    """stdlib: the Python standard library's own sources; hf: a Hugging Face dataset; task: examples made from a seed;
+    the others: local files."""
+    task: str | None = None
+    """A module of palimpsest.eval.tasks, or one of your own with dots in its name; source task only."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the task takes."""
     path: str | list[str] | None = None
     """Files, folders or globs of source text, jsonl or parquet; read in this order, and sorted inside each."""
     name: str | None = None
@@ -42,8 +47,13 @@ class DataConfig(Strict):
             raise ValueError(
                 f"data.path was {self.path!r}; with data.source {self.source!r} it must name files, folders or globs"
             )
-        if self.source in ("stdlib", "hf") and self.path is not None:
+        if self.source in ("stdlib", "hf", "task") and self.path is not None:
             raise ValueError(f"data.path was {self.path!r}; it must be null with data.source {self.source!r}")
+        if (self.source == "task") != (self.task is not None):
+            must = "name a task" if self.source == "task" else "be null"
+            raise ValueError(f"data.task was {self.task!r}; with data.source {self.source!r} it must {must}")
+        if self.options and self.task is None:
+            raise ValueError(f"data.options was {self.options}; it must be empty without data.task")
         if self.source == "hf" and not self.name:
             raise ValueError(f"data.name was {self.name!r}; with data.source 'hf' it must name a Hugging Face dataset")
         return self

@@ -17,6 +17,7 @@ from . import optim, parallel
 from .checkpoint import Checkpointer, ConfigMismatch, differences
 from .config import FREE, ConfigError, RunConfig, load_yaml, read_config
 from .data import Corpus, prepare
+from .examples import ExampleSplit, TaskCorpus
 from .parallel import World
 from .split import Split
 from .start import freeze_backbone, start_from
@@ -111,24 +112,31 @@ def origin(config: RunConfig) -> Path | None:
     return path
 
 
-def corpus(config: RunConfig, world: World) -> Corpus:
-    """The tokenised corpus: the first process makes or verifies it, the others open what it left."""
+def _open(config: RunConfig, world: World) -> Corpus | TaskCorpus:
+    if config.data.task is not None:
+        return TaskCorpus(config.data.task, config.data.options)
     corpus = prepare(config.data) if world.first else None
     parallel.broadcast(None)
-    corpus = corpus or prepare(config.data, verify=False)
+    return corpus or prepare(config.data, verify=False)
+
+
+def corpus(config: RunConfig, world: World) -> Corpus | TaskCorpus:
+    """The tokenised corpus: the first process makes or verifies it, the others open what it left; or the task."""
+    corpus = _open(config, world)
     vocabulary = corpus.tokenizer.vocab_size
     if config.model.vocab_size < vocabulary:
         raise ConfigError(
             f"model.vocab_size was {config.model.vocab_size}; it must be at least {vocabulary}, "
-            f"the number of ids of data.tokenizer {config.data.tokenizer!r}"
+            f"the number of ids of data.{'task' if config.data.task else 'tokenizer'} "
+            f"{config.data.task or config.data.tokenizer!r}"
         )
     corpus.split("train").windows(config.train.seq_len)  # refuses a corpus that is too short
     return corpus
 
 
-def validation(corpus: Corpus, config: RunConfig) -> Split | None:
+def validation(corpus: Corpus | TaskCorpus, config: RunConfig) -> Split | ExampleSplit | None:
     """The held-out split when it is wanted, long enough for one window."""
-    if not config.train.validate_every or not config.data.validation_fraction:
+    if not config.train.validate_every or (config.data.task is None and not config.data.validation_fraction):
         logger.info("no validation: train.validate_every or data.validation_fraction is 0")
         return None
     split = corpus.split("validation")
@@ -158,7 +166,11 @@ def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.o
 
 
 def restore(
-    saver: Checkpointer, path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus
+    saver: Checkpointer,
+    path: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus | TaskCorpus,
 ) -> int:
     """Load a checkpoint, if there is one. Returns its step; 0 for a fresh start."""
     if path is None:

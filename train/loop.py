@@ -33,6 +33,7 @@ from . import launch, optim, parallel
 from .checkpoint import Checkpointer, step_of
 from .config import RunConfig
 from .data import Corpus
+from .examples import ExampleSplit, TaskCorpus, answered
 from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory, read_metrics
 from .parallel import World
 from .split import IGNORE, Batch, Split, derive
@@ -128,7 +129,7 @@ class Run:
         core: MemoryLM,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        corpus: Corpus,
+        corpus: Corpus | TaskCorpus,
         saver: Checkpointer,
         metrics: MetricLog | None,
         progress: Progress,
@@ -161,7 +162,7 @@ class Run:
                 return
             self.step += 1
             record = self.update(batches, valid)
-            tokens += settings.batch_size * settings.seq_len
+            tokens += sum(batch.tokens.numel() for batch in batches) * self.world.size
             busy += time.perf_counter() - begin
             speed = tokens / busy
 
@@ -189,7 +190,7 @@ class Run:
         counts = parallel.total(torch.tensor([valid, int(self.interrupt.asked)]))
         return batches, int(counts[0]), bool(counts[1])
 
-    def share(self, split: Split, index: int) -> list[Batch]:
+    def share(self, split: Split | ExampleSplit, index: int) -> list[Batch]:
         """This process's rows of the global batch ``index``, in micro batches, in main memory."""
         settings, size = self.settings, self.micro_size
         shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
@@ -260,21 +261,30 @@ class Run:
         with parallel.evaluation(self.core), self.autocast, torch.compiler.set_stance("force_eager"):
             return dict(self.core.diagnostics(batch.tokens[:4, : self.settings.seq_len].to(self.world.device)))
 
-    def validate(self, split: Split) -> Record:
-        """Held-out loss (nats per token) and bits per byte, on the same first batches each time."""
+    def validate(self, split: Split | ExampleSplit) -> Record:
+        """Held-out loss (nats per token) and bits per byte, on the same first batches each time; or, of a task, the
+        share of right answers to all of its examples."""
         settings = self.settings
-        count = min(
-            settings.validation_batches, split.batches(batch_size=settings.batch_size, seq_len=settings.seq_len)
-        )
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes
+        count = split.batches(batch_size=settings.batch_size, seq_len=settings.seq_len)
+        if isinstance(split, Split):
+            count = min(settings.validation_batches, count)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes, right answers
         with parallel.evaluation(self.model), self.autocast:
             for batch in (batch for index in range(count) for batch in self.share(split, index)):
                 output = self.forward(batch, reduction="none")
                 assert output.loss is not None and output.valid is not None
                 size = split.bytes_of(batch.targets).sum().to(sums)
-                sums += torch.stack([output.loss.double().sum(), output.valid.double(), size])
-        nats, valid, size = parallel.total(sums).tolist()
+                right = torch.zeros_like(size)
+                if isinstance(split, ExampleSplit):
+                    batch = batch.to(self.world.device)
+                    right = answered(self.model(batch.tokens, return_state=False).logits, batch.targets)[0]
+                sums += torch.stack([output.loss.double().sum(), output.valid.double(), size, right.double()])
+        nats, valid, size, right = parallel.total(sums).tolist()
         self.validation_loss = nats / max(valid, 1)
+        if isinstance(split, ExampleSplit):
+            share = right / max(valid, 1)
+            self.progress.say(f"step {self.step}  validation loss {self.validation_loss:.4f}  {share:.4f} right")
+            return {"validation_loss": self.validation_loss, "validation_accuracy": share}
         bits = nats / math.log(2) / max(size, 1)
         self.progress.say(f"step {self.step}  validation loss {self.validation_loss:.4f}  {bits:.4f} bits per byte")
         return {"validation_loss": self.validation_loss, "validation_bits_per_byte": bits}

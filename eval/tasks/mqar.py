@@ -13,6 +13,7 @@ A worked example, ``generate(12, 2, 1, vocabulary=16)``::
 The test sets of the benchmark are in ``TEST``, a thousand examples each; its training sets in ``TRAIN``.
 """
 
+from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 
@@ -21,15 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...train.examples import Group, Task
 from .. import draws
 
 IGNORE = -100
 VOCABULARY = 8192
 POWER = Decimal("0.99")  # 1 − a
 
-#: (length, pairs): examples
-TRAIN = {(64, 4): 100_000, (128, 8): 20_000, (256, 16): 20_000, (256, 32): 20_000, (256, 64): 20_000}
-TEST = dict.fromkeys([(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)], 1_000)
+#: (length, pairs, examples)
+TRAIN = ((64, 4, 100_000), (128, 8, 20_000), (256, 16, 20_000), (256, 32, 20_000), (256, 64, 20_000))
+VALIDATION = tuple((length, pairs, 200) for length, pairs, _ in TRAIN)
+TEST = tuple((t, n, 1_000) for t, n in ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)))
 
 
 @lru_cache(maxsize=16)
@@ -91,14 +94,33 @@ def generate(
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-@torch.no_grad()
-def accuracy(model: torch.nn.Module, tokens: Tensor, labels: Tensor, batch: int = 64) -> float:
-    """Share of the queries [N, T] whose likeliest next token is the label."""
-    device = next(model.parameters()).device
-    right = asked = 0
-    for x, y in zip(tokens.split(batch), labels.split(batch), strict=True):
-        logits = model(x.to(device)).logits
-        known = y.to(device) != IGNORE
-        right += int((logits.argmax(-1) == y.to(device))[known].sum())
-        asked += int(known.sum())
-    return right / asked
+def groups(sizes: Sequence[Sequence[int]], seed: int, vocabulary: int) -> list[Group]:
+    """(length, pairs, examples) of each size as groups named like ``64x4``."""
+
+    def make(length: int, pairs: int, count: int) -> Group:
+        return Group(
+            f"{length}x{pairs}",
+            length,
+            count,
+            lambda start, some: generate(length, pairs, some, seed, vocabulary=vocabulary, start=start),
+        )
+
+    return [make(*size) for size in sizes]
+
+
+def task(
+    train: Sequence[Sequence[int]] = TRAIN,
+    validation: Sequence[Sequence[int]] = VALIDATION,
+    test: Sequence[Sequence[int]] = TEST,
+    vocabulary: int = VOCABULARY,
+    seed: int = 0,
+) -> Task:
+    """The examples of a run. Sizes are (length, pairs, examples); each split draws from a seed of its own.
+
+    Raises:
+        ValueError: see :func:`generate`.
+    """
+    parts = [groups(sizes, 3 * seed + i, vocabulary) for i, sizes in enumerate((train, validation, test))]
+    for group in (group for part in parts for group in part):
+        group.read(0, 1)  # refuses sizes that do not fit
+    return Task("mqar", vocabulary, *parts)

@@ -76,22 +76,14 @@ def test_bad_input(arguments: tuple[int, ...], words: str) -> None:
         mqar.generate(*first, **({"vocabulary": rest[0]} if rest else {}))
 
 
-def test_accuracy_counts_queries_alone() -> None:
-    class Knows(torch.nn.Module):
-        """Right on every other example."""
-
-        def __init__(self, tokens: torch.Tensor, labels: torch.Tensor) -> None:
-            super().__init__()
-            self.unused = torch.nn.Parameter(torch.zeros(1))
-            self.answers = {tuple(x.tolist()): y for x, y in zip(tokens, labels, strict=True)}
-            self.parity = {tuple(x.tolist()): i % 2 for i, x in enumerate(tokens)}
-
-        def forward(self, x: torch.Tensor) -> object:
-            logits = torch.zeros(*x.shape, 64)
-            for b, row in enumerate(x.tolist()):
-                answer = self.answers[tuple(row)].clamp(min=0) + self.parity[tuple(row)]
-                logits[b].scatter_(-1, answer[:, None] % 64, 1.0)
-            return type("Output", (), {"logits": logits})
-
-    tokens, labels = mqar.generate(24, 3, 10, vocabulary=64)
-    assert mqar.accuracy(Knows(tokens, labels), tokens, labels, batch=3) == 0.5
+def test_splits_of_a_task_share_no_example() -> None:
+    found = mqar.task(train=[[24, 3, 50]], validation=[[24, 3, 50]], test=[[24, 3, 50]], vocabulary=64, seed=4)
+    assert found.vocab_size == 64 and [group.name for group in found.train] == ["24x3"]
+    seen: set[tuple[int, ...]] = set()
+    for split in (found.train, found.validation, found.test):
+        seen |= {tuple(row) for row in split[0].read(0, 50)[0].tolist()}
+    other = mqar.task(train=[[24, 3, 50]], validation=[[24, 3, 50]], test=[[24, 3, 50]], vocabulary=64, seed=5)
+    seen |= {tuple(row) for row in other.train[0].read(0, 50)[0].tolist()}
+    assert len(seen) == 200
+    with pytest.raises(ValueError, match="length was 10 with 3 pairs"):
+        mqar.task(test=[[10, 3, 50]])

@@ -1,0 +1,178 @@
+"""Training on a task: examples with labels, made from a seed, in the place of a corpus of text.
+
+``data.source: task`` with ``data.task: mqar`` reads :mod:`palimpsest.eval.tasks.mqar`; a name with dots is a module of
+your own. The module's ``task(**options)`` takes ``data.options`` and gives a :class:`Task`; that is all that training
+knows of it.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.config import ConfigError
+from .sources import DataError
+from .split import IGNORE, Batch, derive, permute
+
+TASKS = "palimpsest.eval.tasks"
+
+
+class Group(NamedTuple):
+    """Examples of one kind and length.
+
+    ``read(start, count)`` gives tokens and labels, int64 [count, length]: a label is what the model has to say at its
+    position, -100 where nothing is asked.
+    """
+
+    name: str
+    length: int
+    count: int
+    read: Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+class Task(NamedTuple):
+    """A task's examples: to learn from, to choose settings by, and to report."""
+
+    name: str
+    vocab_size: int
+    train: Sequence[Group]
+    validation: Sequence[Group]
+    test: Sequence[Group]
+
+
+def open_task(name: str, options: Mapping[str, Any]) -> Task:
+    """The task of a configuration.
+
+    Raises:
+        ConfigError: for a module that is not there or has no ``task``, or options that it does not take.
+    """
+    path = name if "." in name else f"{TASKS}.{name}"
+    try:
+        make = importlib.import_module(path).task
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"data.task was {name!r}; it must name a module with a function task: {error}") from None
+    takes = inspect.signature(make).parameters
+    for key in options:
+        if key not in takes:
+            raise ConfigError(f"data.options had the key {key!r}; {name} takes {', '.join(takes)}")
+    try:
+        return make(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"data.options were {dict(options)}, which {name} refuses: {error}") from None
+
+
+class ExampleSplit:
+    """The examples of a task's split, in batches of one group each; the same calls as a :class:`~.split.Split`.
+
+    An epoch of training has ⌊count / batch_size⌋ batches of every group, in a pseudo-random order over all of them; the
+    examples of a group are shuffled anew each epoch. Validation reads every example once, in order.
+    """
+
+    def __init__(self, name: str, groups: Sequence[Group]) -> None:
+        self.name, self.groups = name, list(groups)
+        if not self.groups:
+            raise DataError(f"the {name} split of the task is empty; data.options must give it examples")
+
+    @cached_property
+    def _stores(self) -> list[tuple[Tensor, Tensor]]:
+        """Every group's tokens and labels, int32: generated once, on first use."""
+        read = [group.read(0, group.count) for group in self.groups]
+        return [(tokens.int(), labels.int()) for tokens, labels in read]
+
+    def bytes_of(self, tokens: Tensor) -> Tensor:
+        """Nothing: examples are no text."""
+        return torch.zeros_like(tokens)
+
+    def windows(self, seq_len: int) -> int:
+        """The number of examples.
+
+        Raises:
+            DataError: when one is longer than ``seq_len``.
+        """
+        longest = max(group.length for group in self.groups)
+        if seq_len < longest:
+            raise DataError(
+                f"train.seq_len was {seq_len}; it must be at least {longest}, the longest {self.name} example"
+            )
+        return sum(group.count for group in self.groups)
+
+    def _per_epoch(self, batch_size: int) -> list[int]:
+        """Batches of each group in an epoch."""
+        if self.name == "validation":
+            return [-(-group.count // batch_size) for group in self.groups]
+        counts = [group.count // batch_size for group in self.groups]
+        if not all(counts):
+            small = self.groups[counts.index(0)]
+            raise DataError(
+                f"train.batch_size was {batch_size}; it must be at most {small.count}, the examples of {small.name}"
+            )
+        return counts
+
+    def batches(self, *, batch_size: int, seq_len: int) -> int:
+        """The number of batches in an epoch."""
+        self.windows(seq_len)
+        return sum(self._per_epoch(batch_size))
+
+    def batch(self, step: int, *, seed: int, batch_size: int, seq_len: int, rows: range | None = None) -> Batch:
+        """The global batch at a step, or some of its rows: a pure function of (seed, step) and the batch size.
+
+        Its rows are as long as its group's examples, at most ``seq_len``. Validation batches past the end, and rows
+        past a group's last example, have no targets.
+        """
+        counts = self._per_epoch(batch_size)
+        whole = sum(counts)
+        epoch, place = divmod(step, whole)
+        training = self.name != "validation"
+        if training:
+            place = int(permute(np.array([place]), whole, derive(seed, epoch, 2))[0])
+        group = int(np.searchsorted(np.cumsum(counts), place, side="right"))
+        first = (place - sum(counts[:group])) * batch_size
+        wanted = np.asarray(range(batch_size) if rows is None else rows, dtype=np.int64) + first
+        size = self.groups[group].count
+        beyond = wanted >= size
+        wanted = wanted % size
+        if training:
+            wanted = permute(wanted, size, derive(seed, epoch, 3, group))
+        tokens, labels = (part[torch.from_numpy(wanted)].long() for part in self._stores[group])
+        if not training and (epoch or beyond.any()):
+            labels[torch.from_numpy(beyond | (epoch > 0))] = IGNORE
+        return Batch(tokens, labels)
+
+
+class TaskCorpus:
+    """A task in the place of a :class:`~.data.Corpus`."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.task = open_task(name, options)
+        self.tokenizer = SimpleNamespace(vocab_size=self.task.vocab_size)
+        self.checksum = hashlib.sha256(json.dumps([name, options], sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> ExampleSplit:
+        """The ``train`` or the ``validation`` split."""
+        return ExampleSplit(name, self.task.train if name == "train" else self.task.validation)
+
+
+def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How many labels [B, T] are the likeliest token of logits [B, T, V], and how many labels there are."""
+    asked = labels != IGNORE
+    return (logits.argmax(-1) == labels)[asked].sum(), asked.sum()
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, group: Group, tokens: int = 4096) -> float:
+    """Share of a group's labels that are the model's likeliest next token, read ``tokens`` tokens at a time."""
+    device = next(model.parameters()).device
+    counts = torch.zeros(2, dtype=torch.int64)
+    size = max(1, tokens // group.length)
+    for start in range(0, group.count, size):
+        x, labels = group.read(start, min(size, group.count - start))
+        counts += torch.stack(answered(model(x.to(device)).logits, labels.to(device))).cpu()
+    return int(counts[0]) / int(counts[1])
