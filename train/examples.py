@@ -162,8 +162,7 @@ class TaskCorpus:
 
 def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """How many labels [B, T] are the likeliest token of logits [B, T, V], and how many labels there are."""
-    asked = labels != IGNORE
-    return (logits.argmax(-1) == labels)[asked].sum(), asked.sum()
+    return (logits.argmax(-1) == labels).sum(), (labels != IGNORE).sum()
 
 
 @torch.no_grad()
