@@ -28,11 +28,12 @@ DOORS = {
     "palimpsest-generate": "palimpsest.eval.generate:main",
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
     "palimpsest-inspect": "palimpsest.eval.inspect:main",
+    "palimpsest-ablate": "palimpsest.eval.ablate:main",
     "palimpsest-profile": "palimpsest.kernels.profile.__main__:main",
 }
 
 DATA = ["datasets>=3.0", "pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]
-HF = ["transformers>=4.48"]
+HF = ["transformers>=4.56"]
 PLOT = ["matplotlib>=3.8"]
 TOOLS = [
     "build>=1.2",
