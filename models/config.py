@@ -222,12 +222,17 @@ def _explain(section: type[BaseModel], data: Any, prefix: str, fault: ErrorDetai
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
+PARTS = ("hmt", "huggingface")
+"""Keys of parts that most models do not have."""
+
+
 class ModelConfig(Strict):
     """A language model: ``layers`` blocks of width ``dim``, the mixers cycled over them.
 
     ``ffn_hidden``: null rounds 8/3 dim up to a multiple of 32, 0 leaves the MLP out. ``softcap`` (null: none) bounds
     the logits by softcap * tanh(logits / softcap). ``z_loss`` weighs log-sum-exp squared in the training loss.
-    ``hmt`` (null: none) cuts the text into segments with memory across them.
+    ``hmt`` (null: none) cuts the text into segments with memory across them. ``huggingface``: the configuration of a
+    causal model of that library, which then is all but ``hmt``; see :func:`palimpsest.models.hf.wrap`.
     """
 
     vocab_size: Count
@@ -242,6 +247,7 @@ class ModelConfig(Strict):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     init_std: Positive = 0.02
     hmt: HMTConfig | None = None
+    huggingface: dict[str, Any] | None = None
 
     @field_validator("mixer", mode="before")
     @classmethod
@@ -263,10 +269,16 @@ class ModelConfig(Strict):
                 raise ValueError(f"head width of mixer {mixer.kind} was {width}; it must be even for rope: true")
         return self
 
+    @model_validator(mode="after")
+    def _segments_are_wrapped(self) -> Self:
+        if self.huggingface is not None and self.hmt is None:
+            raise ValueError("hmt was null; it must be given with huggingface")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_absent_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A part that a model does not have is not written: records from before there was such a part stay equal."""
-        return {key: value for key, value in dump(self).items() if key != "hmt" or value is not None}
+        return {key: value for key, value in dump(self).items() if value is not None or key not in PARTS}
 
     @property
     def hidden(self) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +23,7 @@ from .config import ConfigError, ModelConfig, apply_overrides, load_yaml, valida
 from .hmt import SegmentMemory
 from .layers import Embedding, Linear, RMSNorm, autocast_dtype
 from .losses import collected
-from .mixers import LayerState
+from .mixers import LayerState, Mixer
 from .state import State
 
 IGNORE = -100
@@ -126,7 +128,7 @@ class MemoryLM(nn.Module):
     def fresh(self, batch: int) -> list[LayerState]:
         """The states of the blocks before the first token."""
         weight = self.embed.weight
-        return [block.mixer.init_state(batch, weight.device, weight.dtype) for block in self.blocks]  # type: ignore[operator,union-attr]
+        return [mixer.init_state(batch, weight.device, weight.dtype) for mixer in self._mixers()]
 
     def _hidden(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, keep: bool
@@ -142,6 +144,9 @@ class MemoryLM(nn.Module):
         rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         seen = tokens.new_full((rows,), tokens.shape[1]) if cu_seqlens is None else cu_seqlens.diff().long()
         return x, State(layers, seen if state is None else state.position + seen, self.fingerprint)
+
+    def _mixers(self) -> list[Mixer]:
+        return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
@@ -210,7 +215,7 @@ class MemoryLM(nn.Module):
         """
         found: dict[str, list[Tensor]] = {}
         handles = []
-        for i, block in enumerate(self.blocks):
+        for i, mixer in enumerate(self._mixers()):
 
             def ask(module: nn.Module, args: tuple[Any, ...], layer: int = i) -> None:
                 part = slice(None) if self.hmt is None else self.hmt.reading
@@ -220,7 +225,7 @@ class MemoryLM(nn.Module):
                     value = value[:, part] if value.dim() > 1 else value
                     found.setdefault(f"layer.{layer}/{name}", []).append(value)
 
-            handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr]
+            handles.append(mixer.register_forward_pre_hook(ask))
         recalled: list[Tensor] = []
         if self.hmt is not None and self.hmt.recall is not None:
             handles.append(self.hmt.recall.register_forward_hook(lambda *call: recalled.append(call[-1][1])))
@@ -247,7 +252,7 @@ class MemoryLM(nn.Module):
 
     def active_parameters(self) -> int:
         """Parameters that one token meets: all but those of memories that it is not routed to."""
-        idle = sum(block.mixer.idle_parameters() for block in self.blocks)  # type: ignore[operator,union-attr]
+        idle = sum(mixer.idle_parameters() for mixer in self._mixers())
         return sum(p.numel() for p in self.parameters()) - idle
 
     def flops_per_token(self, seq_len: int) -> float:
@@ -272,12 +277,15 @@ class MemoryLM(nn.Module):
 
 @lru_cache(maxsize=32)
 def _flops(config: str, seq_len: int) -> int:
-    with torch.device("meta"):
-        model = MemoryLM(ModelConfig.model_validate_json(config))
-        tokens = torch.zeros(1, seq_len, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        loss = model(tokens, targets=tokens).loss
-        loss.backward()
+    told = ModelConfig.model_validate_json(config)
+    # Hugging Face models look at values, where there are any: not those of fake tensors.
+    with nullcontext() if told.huggingface is None else FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("meta"):
+            model = make(told)
+            tokens = torch.zeros(1, seq_len, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            loss = model(tokens, targets=tokens).loss
+            loss.backward()
     return counter.get_total_flops()
 
 
@@ -307,7 +315,16 @@ def build(config: str | Path | dict[str, Any] | ModelConfig, **overrides: Any) -
     content = apply_overrides(content, overrides)
     if "model" not in content:
         raise ConfigError(f"model is missing among {sorted(content)}; it must be given")
-    return MemoryLM(validate(ModelConfig, content["model"], "model"))
+    return make(validate(ModelConfig, content["model"], "model"))
+
+
+def make(config: ModelConfig) -> MemoryLM:
+    """The model of a configuration, with fresh weights."""
+    if config.huggingface is None:
+        return MemoryLM(config)
+    from .hf import HuggingFaceLM
+
+    return HuggingFaceLM(config)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> MemoryLM:
@@ -327,12 +344,12 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MemoryLM:
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if about.get("schema") != SCHEMA:
         raise ValueError(f"{folder / 'config.json'} was of schema {about.get('schema')}; it must be {SCHEMA}")
-    with torch.device("meta"):
-        model = MemoryLM(validate(ModelConfig, about["model"], "model"))
+    config = validate(ModelConfig, about["model"], "model")
+    with torch.device("meta" if config.huggingface is None else device):  # there are buffers that no file holds
+        model = make(config)
     try:
-        model = model.to_empty(
-            device=device
-        )  # and not the file's own pages: their alignment changes products' rounding
+        if config.huggingface is None:  # and not the file's own pages: their alignment changes products' rounding
+            model = model.to_empty(device=device)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from None
