@@ -161,11 +161,31 @@ class Scorer(Strict):
     stride: Count = 4
 
 
+class Bank(Strict):
+    """What is kept of a stream: at most ``capacity`` chunks, on the ``cpu`` or where the model is.
+
+    ``write``: every chunk, or with ``surprise`` those whose summary's cosine similarity to the most similar one kept is
+    below 1 - ``threshold``. ``evict``, when the bank is full: the chunk written first, the one not read for longest, or
+    the one read with the least weight per token since it was written. Chunks lie in pages of ``page``; ``near`` of them
+    stay on the model's device once read, and the ``ahead`` next best are brought there with those that are read.
+    """
+
+    capacity: Count
+    write: Literal["every", "surprise"] = "every"
+    threshold: Annotated[float, Field(ge=0, lt=2)] = 0.1
+    evict: Literal["fifo", "lru", "least_relevant"] = "fifo"
+    device: Literal["cpu", "model"] = "cpu"
+    page: Count = 16
+    near: Count = 256
+    ahead: Annotated[int, Field(ge=0)] = 4
+
+
 class ChunkMemory(Heads):
     """A memory of the past in chunks of ``chunk_size`` tokens, of which a token reads the ``top_k`` best.
 
     ``share``: so many consecutive tokens read the chunks that the first of them chooses. ``branching`` (null: none):
-    choosing goes down a tree of means of so many summaries.
+    choosing goes down a tree of means of so many summaries. ``bank`` (null: all is kept, where the model is): what is
+    kept when a state is carried from call to call; a call without one reads all of its own tokens.
     """
 
     chunk_size: Count = 32
@@ -173,9 +193,13 @@ class ChunkMemory(Heads):
     share: Count = 1
     branching: Annotated[int, Field(ge=2)] | None = None
     scorer: Scorer = Scorer()
+    bank: Bank | None = None
 
     @model_validator(mode="after")
     def _windows_fit(self) -> Self:
+        if self.bank is not None and self.chunk_size % self.share:
+            was = self.share
+            raise ValueError(f"share was {was}; with a bank it must divide chunk_size = {self.chunk_size}")
         if self.scorer.kind == "strided_mlp" and self.scorer.width > self.chunk_size:
             was = self.scorer.width
             raise ValueError(f"width of scorer was {was}; it must be at most chunk_size = {self.chunk_size}")

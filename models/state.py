@@ -142,13 +142,19 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> State:
 
 def take_rows(parts: Sequence[Tree], order: Sequence[int]) -> Tree:
     """Rows ``order`` of the parts' rows counted through. A cache that is longer in one part (dimension 1, newest
-    entries last) lengthens the others with zeros on the left, which their own count leaves unread."""
+    entries last) lengthens the others with zeros on the left, which their own count leaves unread; a tensor that one
+    part does not have is zeros there."""
+    return _take_rows(parts, [next(_flatten(part))[1].shape[0] for part in parts], order)
+
+
+def _take_rows(parts: Sequence[Tree], rows: Sequence[int], order: Sequence[int]) -> Tree:
     result: Tree = {}
-    for name, first in parts[0].items():
-        mine = [part[name] for part in parts]
+    for name in dict.fromkeys(name for part in parts for name in part):
+        first = next(part[name] for part in parts if name in part)
         if isinstance(first, dict):
-            result[name] = take_rows(mine, order)
+            result[name] = _take_rows([part.get(name, {}) for part in parts], rows, order)
             continue
+        mine = [part.get(name, first.new_zeros(n, *first.shape[1:])) for n, part in zip(rows, parts, strict=True)]
         if first.dim() > 1:
             longest = max(x.shape[1] for x in mine)
             mine = [_pad(x, longest) for x in mine]

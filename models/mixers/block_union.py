@@ -6,7 +6,8 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..layers import Linear, split_rotary
 from ..mixer_config import BlockUnion
-from .chunk_store import ChunkStore, chunk_numbers
+from .bank_store import make_store
+from .chunk_store import chunk_numbers
 from .mixer import LayerState, Mixer
 
 
@@ -30,7 +31,7 @@ class BlockUnionAttention(Mixer):
         self.width, self.base = model.dim // mixer.heads, model.rope_base
         self.qkv = Linear(model.dim, (self.heads + 2 * self.kv_heads) * self.width, model.init_std)
         pair = (self.kv_heads, self.width)
-        self.store = ChunkStore(model, mixer, "union", pair, pair)
+        self.store = make_store(model, mixer, "union", pair, pair)
         self.out = Linear(model.dim, model.dim, model.residual_std)
 
     def _streams(

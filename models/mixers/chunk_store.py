@@ -116,13 +116,19 @@ class ChunkStore(nn.Module):
         Two-level: the chunk's weight; union: one over the number of chunks chosen. Zeros where there is none.
         """
         found, _ = self.look(k, v, choosing, keys, None, None, False)
-        chosen, chunks = self.select(found).long(), found.summary.shape[1]
-        there = chosen >= 0
-        place = torch.where(there, chosen - chunks * torch.arange(len(k), device=k.device)[:, None, None, None], 0)
-        score = torch.einsum("bthe,bche->bthc", choosing, found.summary).gather(-1, place) * choosing.shape[-1] ** -0.5
-        score = (score * (self.read == "two_level")).masked_fill(~there, -torch.inf)
-        weight = score.softmax(-1).nan_to_num(0.0)
-        return weight.new_zeros(*weight.shape[:3], chunks).scatter_add(-1, place, weight).mean(2)
+        chosen, chunks = self.select(found), found.summary.shape[1]
+        chosen = torch.where(
+            chosen < 0, -1, chosen - chunks * torch.arange(len(k), device=k.device)[:, None, None, None]
+        )
+        weight = self.weights(choosing, found.summary, chosen)
+        return weight.new_zeros(*weight.shape[:3], chunks).scatter_add(-1, chosen.clamp(min=0), weight).mean(2)
+
+    def weights(self, choosing: Tensor, summary: Tensor, chosen: Tensor) -> Tensor:
+        """How much each chosen chunk counts, [N, T, Hs, K]: for choosing [N, T, Hs, E], summaries [N, Nc, Hs, E] and
+        numbers of chunks [N, T, Hs, K], −1 where there is none."""
+        score = torch.einsum("bthe,bche->bthc", choosing, summary) * choosing.shape[-1] ** -0.5
+        score = score.gather(-1, chosen.long().clamp(min=0)) * (self.read == "two_level")
+        return score.masked_fill(chosen < 0, -torch.inf).softmax(-1).nan_to_num(0.0)
 
     def look(
         self,
@@ -183,7 +189,7 @@ class ChunkStore(nn.Module):
         owner = row[:, None] if cu_seqlens is None else document_of(cu_seqlens, length)[None]
         slots = held["k"].shape[1] + length
         layout = ChunkLayout.cached(start, length, slots, size, self.share, cu_seqlens)
-        after = {name: _written(held[name], x, owner, position) for name, x in (("k", k), ("v", v))}
+        after = {name: written(held[name], x, owner, position) for name, x in (("k", k), ("v", v))}
 
         place = position - (start - start % size)[owner]
         filled = start % size + count
@@ -191,7 +197,7 @@ class ChunkStore(nn.Module):
         pieces = []
         for name, x in (("keys", keys), ("queries", choosing)):
             if name == "keys" or self.scorer.asks:
-                joined = _written(held[name], x, owner, place)
+                joined = written(held[name], x, owner, place)
                 over = row * joined.shape[1] + done * size
                 after[name] = laid(joined.flatten(0, 1), over, filled - done * size, size - 1)
                 whole = joined.shape[1] // size
@@ -252,8 +258,9 @@ def laid(
     return torch.cat(pool)[index]
 
 
-def _written(cache: Tensor, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
-    """A copy of cache [N, S, ...] with T more slots, in which token x[b, t] lies in a slot of a row."""
+def written(cache: Tensor, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+    """A copy of cache [N, S, ...] with T more slots, x[b, t] in row row[b, t] and slot slot[b, t] (or both [B, 1] or
+    [1, T])."""
     grown = torch.cat([cache.to(x.dtype), x.new_zeros(cache.shape[0], x.shape[1], *x.shape[2:])], 1)
     size = grown.shape[1]
     target = (row * size + slot).flatten().long()

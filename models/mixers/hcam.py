@@ -9,7 +9,8 @@ from ..config import ModelConfig
 from ..layers import Linear, RMSNorm, token_positions
 from ..mixer_config import HCAM
 from .attention import AttentionCore
-from .chunk_store import ChunkStore, chunk_numbers
+from .bank_store import make_store
+from .chunk_store import chunk_numbers
 from .mixer import LayerState, Mixer
 
 
@@ -59,7 +60,7 @@ class HierarchicalMemory(Mixer):
         self.ask = Linear(model.dim, model.dim + choosing[0] * choosing[1], model.init_std)  # q, what chooses
         self.keep = Linear(model.dim, choosing[0] * choosing[1], model.init_std)
         self.kv = Linear(model.dim, 2 * self.kv_heads * self.width, model.init_std)
-        self.store = ChunkStore(model, mixer, "two_level", (self.kv_heads, self.width), choosing)
+        self.store = make_store(model, mixer, "two_level", (self.kv_heads, self.width), choosing)
         self.gate = Linear(model.dim, mixer.heads, model.init_std) if mixer.combine == "gate" else None
         self.out = Linear(model.dim, model.dim, model.residual_std)
 

@@ -63,6 +63,12 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "scorer": {"kind": "landmark"},
     },
     "hcam, tree": {**HCAM, "branching": 2, "chunk_size": 2, "scorer": {"kind": "strided_mlp", "width": 2, "stride": 1}},
+    "hcam, bank": {
+        **HCAM,
+        "share": 3,
+        "scorer": {"kind": "representative", "tokens": 2},
+        "bank": {"capacity": 3, "page": 2, "evict": "least_relevant"},
+    },
     "block union": {"kind": "block_union", "heads": 2, "chunk_size": 3, "top_k": 2},
     "block union, grouped": {
         "kind": "block_union",

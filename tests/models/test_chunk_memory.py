@@ -25,6 +25,7 @@ from .test_variants import attend, norm, rotated
 
 BOUND = 1e-10
 CHUNKED = [name for name, mixer in REGISTRY.items() if mixer["kind"] in ("hcam", "block_union")]
+UNBANKED = [name for name in CHUNKED if "bank" not in REGISTRY[name]]
 every_chunked = pytest.mark.parametrize("name", CHUNKED)
 
 
@@ -63,11 +64,13 @@ def summaries(scorer: Scorer, keys: Tensor, queries: Tensor, size: int) -> Tenso
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def chosen(store: Any, choosing: Tensor, known: Tensor, t: int, s: int) -> list[int]:
-    """Chunks that token t reads: the best of those that were complete where its run's first token's chunk begins."""
+def chosen(store: Any, choosing: Tensor, known: Tensor, t: int, s: int, kept: int = 99) -> list[int]:
+    """Chunks that token t reads: the best of those that were complete where its run's first token's chunk begins, of
+    the last ``kept``."""
     leader = t // store.share * store.share
-    score = [float(choosing[leader, s] @ known[i, s]) for i in range(leader // store.chunk_size)]
-    return sorted(range(len(score)), key=lambda i: (-score[i], i))[: store.top_k]
+    ready = leader // store.chunk_size
+    score = {i: float(choosing[leader, s] @ known[i, s]) for i in range(max(0, ready - kept), ready)}
+    return sorted(score, key=lambda i: (-score[i], i))[: store.top_k]
 
 
 def ages(count: int) -> Tensor:
@@ -76,7 +79,8 @@ def ages(count: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def hcam(mixer: HierarchicalMemory, x: Tensor) -> Tensor:
+def hcam(mixer: HierarchicalMemory, x: Tensor, kept: int = 99) -> tuple[Tensor, Tensor]:
+    """What the layer makes of x [T, dim], and the weights of the chunks [T, Nc]."""
     core, store, config = mixer.local, mixer.store, mixer.mixer
     fixed = [] if core.persistent is None else [(token, None) for token in core.persistent.tokens]
     local = []
@@ -90,12 +94,12 @@ def hcam(mixer: HierarchicalMemory, x: Tensor) -> Tensor:
         store.scorer, F.linear(z, mixer.keep.weight).unflatten(-1, (config.selectors, -1)), choosing, store.chunk_size
     )
     size, place = store.chunk_size, ages(store.chunk_size)
-    outputs = []
+    outputs, counted = [], torch.zeros(len(x), -(-len(x) // size), dtype=x.dtype)
     for t in range(len(x)):
         heads = []
         for h in range(mixer.heads):
             s, g = h * config.selectors // mixer.heads, h * mixer.kv_heads // mixer.heads
-            ids = chosen(store, choosing, known, t, s)
+            ids = chosen(store, choosing, known, t, s, kept)
             m = torch.zeros(mixer.width, dtype=x.dtype)
             scale = math.sqrt(choosing.shape[-1])
             share = torch.stack([choosing[t, s] @ known[i, s] / scale for i in ids]).softmax(0) if ids else []
@@ -103,32 +107,35 @@ def hcam(mixer: HierarchicalMemory, x: Tensor) -> Tensor:
                 kv = F.linear(z[i * size : (i + 1) * size] + place, mixer.kv.weight).unflatten(-1, (2, -1, mixer.width))
                 inside = (kv[:, 0, g] @ q[t, h] / math.sqrt(mixer.width)).softmax(0)
                 m = m + weight * (inside @ kv[:, 1, g])
+                counted[t, i] += weight / mixer.heads
             heads.append(m * torch.sigmoid(mixer.gate.weight[h] @ z[t]) if mixer.gate is not None else m)
         outputs.append(local[t] + F.linear(torch.cat(heads), mixer.out.weight))
-    return torch.stack(outputs)
+    return torch.stack(outputs), counted
 
 
-def block_union(mixer: BlockUnionAttention, x: Tensor) -> Tensor:
+def block_union(mixer: BlockUnionAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As of :func:`hcam`; of a union, each chosen chunk counts the same."""
     store, heads, shared = mixer.store, mixer.heads, mixer.kv_heads
     q, k, v = F.linear(x, mixer.qkv.weight).unflatten(-1, (-1, mixer.width)).split([heads, shared, shared], 1)
     group = heads // shared
     choosing = torch.stack([q[:, g * group : (g + 1) * group].mean(1) for g in range(shared)], 1)
     known = summaries(store.scorer, k, choosing, store.chunk_size)
     core: Any = SimpleNamespace(rope=mixer.mixer.rope, base=mixer.base)
-    outputs = []
+    outputs, counted = [], torch.zeros(len(x), -(-len(x) // store.chunk_size), dtype=x.dtype)
     for t in range(len(x)):
         own = t // store.share * store.share // store.chunk_size * store.chunk_size
         parts = []
         for h in range(heads):
             g = h // group
             ids = chosen(store, choosing, known, t, g)
+            counted[t, ids] += 1 / max(1, len(ids)) / heads
             places = [i * store.chunk_size + j for i in ids for j in range(store.chunk_size)]
             places += range(own, t + 1)
             query = rotated(q[t], t, core)[h]
             scores = torch.stack([rotated(k[j], j, core)[g] @ query for j in places]) / math.sqrt(mixer.width)
             parts.append(scores.softmax(0) @ torch.stack([v[j, g] for j in places]))
         outputs.append(F.linear(torch.cat(parts), mixer.out.weight))
-    return torch.stack(outputs)
+    return torch.stack(outputs), counted
 
 
 @every_chunked
@@ -139,9 +146,24 @@ def test_the_layer_is_its_equations(name: str) -> None:
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     mixer.store.branching = None  # a choice down the tree is held to its own equations with the operation
     x = tokens(1, 17)
-    expected = (hcam if REGISTRY[name]["kind"] == "hcam" else block_union)(mixer, x[0])
+    plain = hcam if REGISTRY[name]["kind"] == "hcam" else block_union
+    expected, weights = plain(mixer, x[0])
     assert expected.shape == (17, DIM)
-    assert (mixer(x)[0][0] - expected).abs().max() <= BOUND
+    assert (mixer(x, return_state=False)[0][0] - expected).abs().max() <= BOUND
+    assert (mixer.observe(x)["chunks"][0] - weights).abs().max() <= BOUND
+
+
+@every_chunked
+def test_packed_documents_in_training(name: str) -> None:
+    """Without a state packed documents take a way of their own: that of each document alone, gradients too."""
+    mixer, x = small_mixer(name), tokens(1, 23)
+    cu_seqlens = torch.tensor([0, 4, 4, 5, 16, 23], dtype=torch.int32)
+    alone = torch.cat([mixer(x[:, a:b], return_state=False)[0] for a, b in ((0, 4), (4, 5), (5, 16), (16, 23))], 1)
+    packed, state = mixer(x, None, cu_seqlens, False)
+    assert state is None and (packed - alone).abs().max() <= BOUND
+    grads = [torch.autograd.grad(y.sin().sum(), list(mixer.parameters())) for y in (packed, alone)]
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() <= BOUND * max(1.0, b.abs().max().item())
 
 
 def test_choosing_among_all_is_full_attention() -> None:
@@ -210,10 +232,11 @@ def test_a_step_computes_its_own_token_alone(name: str) -> None:
             module.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
     mixer(tokens(2, 1), state)
     assert seen and set(seen) == {(2, 1)}
-    assert scored == [(2, 1, mixer.store.chunk_size)]
+    size = mixer.store.chunk_size
+    assert scored == ([(2, 1, size)] if REGISTRY[name].get("bank") is None else [(2, size, mixer.store.choosing[0])])
 
 
-@every_chunked
+@pytest.mark.parametrize("name", UNBANKED)
 def test_no_value_is_read_by_the_host(name: str) -> None:
     """Tensors on meta have no values: whoever asks for one fails."""
     with torch.device("meta"):
