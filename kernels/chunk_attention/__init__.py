@@ -18,15 +18,18 @@ ATTEND = register(
     cost=cost,
     reference=reference.chunk_attention,
     torch=operator.chunk_attention,
+    triton=operator.chunk_attention_triton,
 )
 SELECT = register(
     "select_chunks",
     cost=select_cost,
     reference=reference.select,
     torch=operator.select,
+    triton=operator.select_triton,
 )
 
 READS = ("two_level", "union")
+WIDEST, MOST = 128, 64  # widths of heads and summaries, and chunks of a choice, that fit the Triton kernels' registers
 
 
 def chunk_attention(
@@ -83,7 +86,8 @@ def chunk_attention(
         selection: int32 [B, T, Hs, K], chunks to read instead of the best, -1 after the last; of a leader's queries the
             leader's own row counts, and it must hold candidates, none of them twice.
         return_selection: also return what was read, [B, T, Hs, top_k].
-        backend: "reference" or "torch"; None: see :func:`palimpsest.kernels.backend.resolve`.
+        backend: "reference", "torch" or "triton" (not float64; D, E <= 128, K <= 64); None: see
+            :func:`palimpsest.kernels.backend.resolve`.
 
     Returns: o [B, T, H, D], or o and the selection.
 
@@ -105,7 +109,7 @@ def chunk_attention(
         check.dtype("selection", selection, (torch.int32,))
         check.device("selection", selection, q.device)
         check.require(selection.shape[3] > 0, "selection.shape", tuple(selection.shape), "have at least one choice")
-    run = ATTEND.choose(q.device, backend)
+    run = ATTEND.choose(q.device, backend, _unfit(q, summary_q, selection.shape[3]))
     chosen = selection[..., : summary_k.shape[1]]  # more cannot have been chosen
     summary_scale = _scale("summary_scale", summary_scale, summary_q.shape[3])
     o = run(q, k, v, summary_q, summary_k, chosen, layout, read == "union", scale, summary_scale)
@@ -136,7 +140,7 @@ def select_chunks(
         top_k: chunks to choose, at least 1.
         summary_scale: None: E ** -0.5.
         branching: None, or at least 2.
-        backend: see :func:`chunk_attention`.
+        backend: see :func:`chunk_attention`; a tree is plain torch alone.
 
     Returns: int32 [B, T, Hs, top_k], the best first, the lower of equals first, then -1; no gradient.
 
@@ -149,8 +153,17 @@ def select_chunks(
         check.require(isinstance(branching, int) and branching >= 2, "branching", branching, "be None or at least 2")
     _check_sizes(layout, summary_q, summary_k)
     scale = _scale("summary_scale", summary_scale, summary_q.shape[3])
-    run = SELECT.choose(summary_q.device, backend)
+    unfit = _unfit(summary_q, summary_q, top_k) if branching is None else ("branching", branching, "be None")
+    run = SELECT.choose(summary_q.device, backend, unfit)
     return run(summary_q, summary_k, layout, top_k, scale, branching)
+
+
+def _unfit(q: Tensor, summary_q: Tensor, kept: int) -> tuple[str, object, str] | None:
+    """Why the Triton kernels do not cover a call."""
+    for name, size, most in (("D of q", q.shape[3], WIDEST), ("E of summary_q", summary_q.shape[3], WIDEST)):
+        if size > most:
+            return name, size, f"be at most {most}"
+    return ("top_k", kept, f"be at most {MOST}") if kept > MOST else check.no_float64("q", q)
 
 
 def _layout(

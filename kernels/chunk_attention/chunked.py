@@ -235,8 +235,13 @@ def backward(
         call.add(*sums[0], d_scores.mT @ rows, piece)
         call.add(*sums[1], taken.view(d_scores.shape).mT @ slope, piece)
     d_k, d_v = (call.tokens_of(*pair).view(k.shape).to(k.dtype) for pair in sums)
-    d_summaries = summaries_backward(along[:-1], weights, summary_q, summary_k, selection, call, summary_scale)
-    return d_q[:-1].view(q.shape), d_k, d_v, *d_summaries
+    d_q = d_q[:-1].view(q.shape)
+    if union:
+        return d_q, d_k, d_v, torch.zeros_like(summary_q), torch.zeros_like(summary_k)
+    _, chunks, chosen = chunk_weights(summary_q, summary_k, selection, call.leader, summary_scale)
+    return d_q, d_k, d_v, *summary_gradients(
+        along[:-1], weights, chunks, chosen, summary_q, summary_k, summary_scale
+    )  # fmt: skip
 
 
 def _live(piece: Piece, call: Gather) -> Tensor:
@@ -246,18 +251,16 @@ def _live(piece: Piece, call: Gather) -> Tensor:
     return live.reshape(runs * call.sets, -1, 1)
 
 
-def summaries_backward(
-    along: Tensor, weights: Tensor, summary_q: Tensor, summary_k: Tensor, selection: Tensor, call: Gather, scale: float
+def summary_gradients(
+    along: Tensor, weights: Tensor, chunks: Tensor, chosen: Tensor, summary_q: Tensor, summary_k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of summary_q and summary_k from D [Q, H, K]."""
-    if call.union:
-        return torch.zeros_like(summary_q), torch.zeros_like(summary_k)
-    _, chunks, chosen = chunk_weights(summary_q, summary_k, selection, call.leader, scale)
-    mass = along.view(along.shape[0], summary_q.shape[2], -1, along.shape[2]).sum(2)
+    """Gradients of summary_q and summary_k from D [Q, H, K], and from what :func:`chunk_weights` returned."""
+    heads = summary_q.shape[2]
+    mass = along.view(along.shape[0], heads, -1, along.shape[2]).sum(2)
     d_score = scale * weights * (mass - (weights * mass).sum(-1, keepdim=True))
     d_q = (d_score[:, :, None] @ chunks)[:, :, 0]
-    d_k = torch.zeros_like(summary_k, dtype=call.kind).flatten(0, 1).flatten(0, 1)
-    head = torch.arange(summary_q.shape[2], device=chosen.device)[:, None]
-    rows = d_score[..., None] * summary_q.flatten(0, 1)[:, :, None].to(call.kind)
-    add_rows(d_k, (chosen.clamp(min=0) * summary_q.shape[2] + head).flatten(), rows.flatten(0, 2))
-    return d_q.view(summary_q.shape).to(summary_q.dtype), d_k.view(summary_k.shape).to(summary_k.dtype)
+    d_k = torch.zeros(summary_k.shape, dtype=d_q.dtype, device=d_q.device)
+    rows = d_score[..., None] * summary_q.flatten(0, 1)[:, :, None].to(d_q.dtype)
+    place = chosen.clamp(min=0) * heads + torch.arange(heads, device=chosen.device)[:, None]
+    add_rows(d_k.view(-1, d_k.shape[3]), place.flatten(), rows.flatten(0, 2))
+    return d_q.view(summary_q.shape).to(summary_q.dtype), d_k.to(summary_k.dtype)

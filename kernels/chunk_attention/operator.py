@@ -33,6 +33,10 @@ def select_op(
     triton: bool,
 ) -> Tensor:
     """Chosen chunks [B, T, Hs, K]; ``branching`` 0: of all candidates."""
+    if triton:
+        from .choose import select as launch
+
+        return launch(summary_q, summary_k, start, end, first, last, leader, share, blocks, top_k, scale)
     return selection.select(
         summary_q, summary_k, start, end, first, last, leader, share, blocks, top_k, scale, branching
     )
@@ -69,6 +73,10 @@ def forward(
     """o [B, T, H, D]; log-sum-exp [Q, H, K], [Q, H, 1] for a union; weights [Q, Hs, K], none for a union."""
     layout = (start, end, first, last, local, own, leader)
     tensors = (q, k, v, summary_q, summary_k, chosen)
+    if triton:
+        from .forward import forward as launch
+
+        return launch(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
     return chunked.forward(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
 
 
@@ -113,6 +121,10 @@ def backward(
     """Gradients of q, k, v, summary_q and summary_k."""
     layout = (start, end, first, last, local, own, leader)
     tensors = (grad, o, log_sum, weights, q, k, v, summary_q, summary_k, chosen)
+    if triton:
+        from .backward import backward as launch
+
+        return launch(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
     return chunked.backward(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
 
 

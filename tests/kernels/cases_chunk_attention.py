@@ -81,6 +81,7 @@ PLAIN = ("reference", "torch")
 SHAPES = {
     "heads": {"heads": 2, "shared": 2, "choosers": 1, "top_k": 2, "chunk_size": 2, "share": 1},
     "grouped_shared": {"heads": 4, "shared": 2, "choosers": 2, "top_k": 3, "chunk_size": 3, "share": 4},
+    "triton": {"heads": 2, "shared": 1, "choosers": 1, "top_k": 2, "chunk_size": 3, "share": 3},
 }
 
 for read in ("two_level", "union"):
@@ -95,7 +96,7 @@ for read in ("two_level", "union"):
                 packed=True,
                 block=shape["chunk_size"] + 1,
                 cost=partial(costs, read=read),
-                backends=PLAIN,
+                backends=("triton",) if name == "triton" else PLAIN,
             )
         )
 
@@ -109,7 +110,7 @@ for name, branching in {"all": None, "tree": 2}.items():
             tokens=("q", "k", "v", "summary_q", "summary"),
             packed=True,
             block=3,
-            backends=PLAIN,
+            backends=PLAIN if branching else (*PLAIN, "triton"),
             half=False,  # rounded summaries may choose otherwise
         )
     )
