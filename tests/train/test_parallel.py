@@ -75,13 +75,33 @@ def alone(gradients):
     ],
 )
 def test_the_gradient_is_that_of_the_whole_batch(gradients, alone, name, processes, arguments):
-    found, records = gradients(name, processes, *arguments)
-    assert found.keys() == alone[0].keys()
-    for key, expected in alone[0].items():
+    compare(gradients(name, processes, *arguments), alone)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp-checkpointing"])
+def test_blocks_that_a_forward_runs_many_times(gradients, segments, way):
+    """Memory over segments: each block is called for each segment of 4 tokens, and for the summaries."""
+    kind, *rest = way.split("-")
+    arguments = [SEGMENTS, f"train.parallel={kind}", *(["train.activation_checkpointing=true"] if rest else [])]
+    compare(gradients(f"segments-{way}", 2, *arguments), segments)
+
+
+SEGMENTS = "model.hmt={segment: 4, sensory: 1, memories: 3, bptt: 2}"
+
+
+@pytest.fixture(scope="module")
+def segments(gradients):
+    return gradients("segments", 1, SEGMENTS)
+
+
+def compare(spread, alone):
+    (found, records), (whole, expected_records) = spread, alone
+    assert found.keys() == whole.keys()
+    for key, expected in whole.items():
         error = (found[key] - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 1e-5, (key, error)  # float32, another order of sums; a mean of means would be off by 0.1 or more
     for number in ("loss", "grad_norm"):
-        assert records[0][number] == pytest.approx(alone[1][0][number], rel=1e-5)
+        assert records[0][number] == pytest.approx(expected_records[0][number], rel=1e-5)
 
 
 @pytest.mark.parametrize(
