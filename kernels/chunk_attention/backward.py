@@ -112,7 +112,7 @@ def configs(constants: Mapping[str, Any]) -> list[Config]:
     if constants["DTYPE"] == "float32" or constants["DEPTH"] > 64:
         sizes = [(32, 8, 1), (16, 4, 1)]
     else:
-        sizes = [(32, 4, 3), (64, 8, 1)]
+        sizes = [(32, 4, 3), (64, 8, 2 if constants["TILE"] > 32 else 1)]
     return [Config((("BLOCK_M", m),), num_warps=w, num_stages=s) for m, w, s in sizes]
 
 

@@ -222,7 +222,7 @@ def configs(constants: Mapping[str, Any]) -> list[Config]:
     if constants["DTYPE"] == "float32":
         sizes = [(32, 4, 1), (16, 4, 1)]
     elif constants["DEPTH"] > 64:
-        sizes = [(64, 4, 2), (32, 4, 1)] if rows > 16 else [(16, 4, 3)]
+        sizes = [(64, 4, 2), (32, 4, 1)] if rows > 16 else [(16, 4, 3 if constants["GRAD"] else 2)]
     else:
         sizes = [(64, 4, 3), (128, 8, 2)]
     found = dict.fromkeys((min(rows, m), 4 if rows <= 64 else w, s) for m, w, s in sizes)

@@ -26,6 +26,7 @@ LARGE = ("cross_entropy", "delta_rule", "neural_memory", "window_attention")  # 
 # What the suite has the time for: every kernel and operation, of these in the plans named here. All of them, as long
 # again, are compiled by the command: python -m palimpsest.kernels.profile budgets.
 PLANS = {
+    "chunk_attention": ("two_level_d64",),
     "cross_entropy": ("d1024_v32k_bf16",),
     "delta_rule": ("gated_d64", "gated_d128_decode"),
     "neural_memory": ("mlp_f256_c64", "mlp_f256_decode"),
