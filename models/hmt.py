@@ -103,15 +103,15 @@ class SegmentMemory(nn.Module):
     that many tokens of a segment, they are read with p_{n−1}; when it has, the segment is read again from its first.
     "none": p_n = m_{n−1}, and there is neither summary nor recall (the first stage of training).
 
-    Two things are not in the paper. p enters at the embeddings' scale, times a learnt γ (of size ``init_std``), because
-    m is a normalised hidden value: entering as it is, it outweighs what the layers add to it, and at first every m_n
-    is nearly p_n. And no projection follows the recall (as in the paper), nor is anything divided by d.
+    One thing is not in the paper: p enters at the embeddings' scale, times a learnt γ (at first ``init_std``), because
+    m is a normalised hidden value. Entering as it is, it would outweigh what the layers add to it, and at first every
+    m_n would nearly be p_n. As in the paper, no projection follows the recall.
 
     Gradients: M is detached where n is a multiple of ``bptt``. So the loss of segment n reaches the memory vectors of
     its own block of ``bptt`` segments and, exactly, nothing before; of the tokens, those of its block, and of the
     segment before it what s_n and the sensory tokens read directly.
 
-    A state has, after the layers' own (of the segment under way, empty between two): ``memory`` [N rows, N, dim], the
+    A state has, after the layers' own (of the segment under way, empty between two): ``memory`` [rows, N, dim], the
     newest last; ``prompt`` [rows, dim]; ``tokens`` int64 [rows, ·], the last ones, to be read again.
     """
 
@@ -146,11 +146,11 @@ class SegmentMemory(nn.Module):
         """No memory vectors, no tokens."""
         weight = backbone.embed.weight
         own = {
-            "memory": weight.new_zeros(batch, self.memories, self.dim),
-            "prompt": weight.new_zeros(batch, self.dim),
+            "memory": torch.zeros(batch, self.memories, self.dim, dtype=weight.dtype, device=weight.device),
+            "prompt": torch.zeros(batch, self.dim, dtype=weight.dtype, device=weight.device),
             "tokens": torch.zeros(batch, self.kept, dtype=torch.int64, device=weight.device),
         }
-        return [*backbone.fresh(batch), {name: x.detach() for name, x in own.items()}]
+        return [*backbone.fresh(batch), own]
 
     def forward(
         self,

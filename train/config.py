@@ -140,6 +140,13 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _memory_is_used(self) -> Self:
+        if self.model.hmt is not None and self.train.seq_len <= self.model.hmt.segment:
+            was, segment = self.train.seq_len, self.model.hmt.segment
+            raise ValueError(f"train.seq_len was {was}; it must be more than a segment, model.hmt.segment = {segment}")
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder."""

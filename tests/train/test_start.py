@@ -87,6 +87,8 @@ def test_what_is_refused(content, tmp_path):
         train(read_config(content, {"train.freeze_backbone": True}))
     with pytest.raises(ConfigError, match="train.init was 'nowhere'; it must be the folder of a finished run"):
         train(read_config(content, {"train.init": "nowhere", "train.out": str(tmp_path / "a")}))
+    with pytest.raises(ConfigError, match="train.seq_len was 16; it must be more than a segment"):
+        read(content, tmp_path, segment=16)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="is damaged"):
