@@ -6,13 +6,13 @@ memory are laid out once, padded to the longest, so that one is one row of a gat
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 from torch import Tensor
 
 from ..check import compute_dtype
 from .selection import leaders
+from .tables import group_of
 
 SIZE = 2**21  # gathered numbers at a time, which a cache nearly holds
 
@@ -46,7 +46,7 @@ class Gather:
         self.start, self.end, _, _, self.local, self.own, self.leader = (x.long() for x in layout)
         self.heads, self.shared, self.width, self.union = q.shape[2], k.shape[2], q.shape[3], union
         choosers = selection.shape[2]
-        self.group = gcd(self.heads // self.shared, self.heads // choosers)
+        self.group = group_of(self.heads, self.shared, choosers)
         self.sets = self.heads // self.group
         self.kind = compute_dtype(q)
         self.share = share

@@ -247,14 +247,14 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
         return draw(2, length, stride)[..., : heads * width].unflatten(-1, (heads, width))
 
     summaries = draw(2, length, choosers, size), draw(2, 4, choosers, size)
-    tables = (layout.start, layout.end, layout.first, layout.last, layout.leader, layout.share, layout.blocks)
+    tables = (layout.start, layout.end, layout.first, layout.last, layout.leader)
     return {
         "q": tokens(heads, constants["Q_STRIDE"]),
         "k": tokens(shared, constants["K_STRIDE"]),
         "v": tokens(shared, constants["V_STRIDE"]),
         "summary_q": summaries[0],
         "summary_k": summaries[1],
-        "selection": select(*summaries, *tables, top, 1.0, 0),
+        "selection": select(*summaries, *tables, share, layout.blocks, top, 1.0, 0),
         "layout": layout.tensors,
         "share": share,
         "blocks": layout.blocks,

@@ -15,13 +15,13 @@ class ChunkLayout:
 
     Tokens, chunks and queries are numbered row by row: token s of row n is n S + s, chunk c is n Nc + c, query t of
     row b is b T + t. A query reads completed chunks alone: those that end at or before the start of the chunk in which
-    its leader lies.
+    its leader lies. With B = N > 1, queries of row b read row b.
 
     Attributes:
         start, end: [M], tokens start .. end - 1 are the chunk's; none where they are equal. Chunks share no tokens.
         first, last: [Q], the query's candidates are the chunks first .. last - 1, except the empty ones.
         local, own: [Q], a union also reads the tokens local .. own - 1: from the start of the leader's chunk up to and
-            with the query's own token. Neither ever falls from one query to the next.
+            with the query's own token. All lie in chunks, and neither bound ever falls from one query to the next.
         leader: [Q], the query whose scores choose for this one. Queries of one leader follow one another, it is the
             first of them, and their candidates are the same.
         share: queries that a leader chooses for, at most.

@@ -1,6 +1,6 @@
 """The registered operators of attention over chunks, on plain torch or the Triton kernels, which are imported late.
 
-Which of the two runs is the operators' last argument; both keep what the backward reads in the same shapes.
+What runs is the operators' last argument, which the backward gets as it was in the forward.
 """
 
 from functools import partial
@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..backend import log_once
 from ..check import compute_dtype
 from ..op import flop_formula
 from ..operator import operator
-from . import chunked, selection
+from . import chunked, dense, selection
 from .cost import cost, select_cost
 from .layout import ChunkLayout
+from .tables import group_of
 
 
 @operator("chunk_select")
@@ -68,25 +70,30 @@ def forward(
     union: bool,
     scale: float,
     summary_scale: float,
-    triton: bool,
+    way: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o [B, T, H, D]; log-sum-exp [Q, H, K], [Q, H, 1] for a union; weights [Q, Hs, K], none for a union."""
+    """o [B, T, H, D]; log-sum-exp [Q, H, K], [Q, H, 1] for a union; weights [Q, Hs, K], none for a union.
+
+    ``way``: "gather" or "dense" in plain torch, of which the second keeps no log-sum-exp, or "triton".
+    """
     layout = (start, end, first, last, local, own, leader)
     tensors = (q, k, v, summary_q, summary_k, chosen)
-    if triton:
+    if way == "triton":
         from .forward import forward as launch
 
         return launch(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
+    if way == "dense":
+        return dense.forward(*tensors, layout, longest, union, scale, summary_scale)
     return chunked.forward(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
 
 
 @forward.register_fake
 def _(q, k, v, summary_q, summary_k, chosen, *rest):
-    union, kind = rest[10], compute_dtype(q)
+    union, way, kind = rest[10], rest[13], compute_dtype(q)
     count, heads, kept = q.shape[0] * q.shape[1], q.shape[2], chosen.shape[3]
     return (
         q.new_empty(q.shape),
-        q.new_empty((count, heads, 1 if union else kept), dtype=kind),
+        q.new_empty((0,) if way == "dense" else (count, heads, 1 if union else kept), dtype=kind),
         q.new_empty((0,) if union else (count, summary_q.shape[2], kept), dtype=kind),
     )
 
@@ -116,15 +123,17 @@ def backward(
     union: bool,
     scale: float,
     summary_scale: float,
-    triton: bool,
+    way: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, summary_q and summary_k."""
     layout = (start, end, first, last, local, own, leader)
     tensors = (grad, o, log_sum, weights, q, k, v, summary_q, summary_k, chosen)
-    if triton:
+    if way == "triton":
         from .backward import backward as launch
 
         return launch(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
+    if way == "dense":
+        return dense.backward(grad, weights, *tensors[4:], layout, longest, union, scale, summary_scale)
     return chunked.backward(*tensors, layout, share, blocks, longest, union, scale, summary_scale)
 
 
@@ -178,13 +187,24 @@ def _select(
     return select_op(summary_q.detach(), summary_k.detach(), *tables, top_k, scale, branching or 0, triton)
 
 
+def plain_way(q: Tensor, k: Tensor, summary_k: Tensor, chosen: Tensor, layout: ChunkLayout) -> str:
+    """Which of the two plain paths a call takes, by its shapes."""
+    group = group_of(q.shape[2], k.shape[2], chosen.shape[2])
+    if not dense.fits(q, k, summary_k, chosen.shape[3], layout.share, layout.longest, group):
+        return "gather"
+    if not torch.compiler.is_compiling():
+        log_once("chunk_attention: plain torch multiplies with all chunks, for the memory is short")
+    return "dense"
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, summary_q: Tensor, summary_k: Tensor, chosen: Tensor, layout: ChunkLayout,
     union: bool, scale: float, summary_scale: float, *, triton: bool,
 ) -> Tensor:  # fmt: skip
+    way = "triton" if triton else plain_way(q, k, summary_k, chosen, layout)
     sizes = (layout.share, layout.blocks, layout.longest)
     tensors = (q, k, v, summary_q, summary_k, chosen)
-    return forward(*tensors, *layout.tensors, *sizes, union, scale, summary_scale, triton)[0]
+    return forward(*tensors, *layout.tensors, *sizes, union, scale, summary_scale, way)[0]
 
 
 select, select_triton = partial(_select, triton=False), partial(_select, triton=True)

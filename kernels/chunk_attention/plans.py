@@ -18,9 +18,8 @@ def plan(width: int, chunk_size: int, *, read: str, share: int = 64, borders: bo
     q, k, v = (empty(batch, length, h, width) for h in (heads, heads // 4, heads // 4))
     summary_q, summary_k = empty(batch, length, 1, 64), empty(batch, length // chunk_size, 1, 64)
     chunks = {"cu_chunks": cuts} if borders else {"chunk_size": chunk_size}
-    o = chunk_attention(
-        q, k, v, summary_q, summary_k, top_k=16, **chunks, read=read, share=share, backend="triton"
-    )  # fmt: skip
+    options = {**chunks, "top_k": 16, "read": read, "share": share, "return_selection": True, "backend": "triton"}
+    o, _ = chunk_attention(q, k, v, summary_q, summary_k, **options)  # type: ignore[arg-type]
     o.backward(torch.empty_like(o))
 
 
