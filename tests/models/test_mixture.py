@@ -98,6 +98,15 @@ def test_equal_to_separate_memories(name: str) -> None:
         assert (a - b).abs().max() <= 1e-11 * max(1.0, b.abs().max().item()), key
 
 
+def test_one_memory_is_a_plain_layer() -> None:
+    """What mixtures are compared with: no router's weight, every token in the one memory."""
+    layer, x = mixture(memories=1, top_k=1, shared=False, projections="shared"), tokens(2, 23)
+    with torch.no_grad():
+        layer.out_norm.weight.normal_()
+    assert (layer(x)[0] - torch.stack([one_by_one(layer, row) for row in x])).abs().max() <= 1e-12
+    assert layer.idle_parameters() == 0
+
+
 @every_mixture
 @pytest.mark.parametrize("training", [True, False])
 def test_a_token_moves_nothing_before_it_and_nothing_in_other_rows(name: str, training: bool) -> None:
