@@ -1,16 +1,19 @@
 """Operations on tensors: pure functions, each with a reference, a plain-torch path and its cost."""
 
-from .chunk_attention import ChunkLayout, chunk_attention, select_chunks
-from .cross_entropy import linear_cross_entropy
-from .delta_rule import delta_rule
-from .grouped_linear import grouped_linear
-from .linear_attention import linear_attention
-from .neural_memory import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
-from .newton_schulz import newton_schulz
-from .norm import l2_norm, rms_norm
-from .routing import Routing, balance_loss, combine, dispatch, route, router_z_loss
-from .short_conv import short_conv
-from .window_attention import window_attention
+if (
+    __name__ != "kernels"
+):  # as which transformers, started in a checkout, takes this folder for another project's package
+    from .chunk_attention import ChunkLayout, chunk_attention, select_chunks
+    from .cross_entropy import linear_cross_entropy
+    from .delta_rule import delta_rule
+    from .grouped_linear import grouped_linear
+    from .linear_attention import linear_attention
+    from .neural_memory import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
+    from .newton_schulz import newton_schulz
+    from .norm import l2_norm, rms_norm
+    from .routing import Routing, balance_loss, combine, dispatch, route, router_z_loss
+    from .short_conv import short_conv
+    from .window_attention import window_attention
 
 __all__ = [
     "ChunkLayout",

@@ -4,6 +4,7 @@ Its norms compute in float32 whatever it is given, so differences are bounded by
 times float32's rounding through two layers.
 """
 
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -200,6 +201,14 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModuleNotFoundError, match="transformers"):
         build({"model": told})
+
+
+def test_in_a_checkout_it_is_not_another_projects_package() -> None:
+    """transformers looks for a package ``kernels``, and finds the folder of that name where it is started."""
+    code = "from transformers import LlamaConfig; import palimpsest.kernels as k; print(k.rms_norm.__module__)"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("palimpsest.kernels"), done.stderr
 
 
 def test_another_family() -> None:
