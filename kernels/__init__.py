@@ -1,8 +1,7 @@
 """Operations on tensors: pure functions, each with a reference, a plain-torch path and its cost."""
 
-if (
-    __name__ != "kernels"
-):  # as which transformers, started in a checkout, takes this folder for another project's package
+# By the name "kernels" transformers, started in a checkout, finds this folder, and takes it for another package.
+if __name__ != "kernels":
     from .chunk_attention import ChunkLayout, chunk_attention, select_chunks
     from .cross_entropy import linear_cross_entropy
     from .delta_rule import delta_rule
