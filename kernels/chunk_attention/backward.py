@@ -18,7 +18,7 @@ from ..launch import Config, Kernel, Pairs
 from . import chunked
 from .choose import gradients
 from .forward import attend, call, forward, problem, tile, wide
-from .tables import invert, starts_of
+from .tables import invert, runs_of, starts_of
 
 
 @triton.jit
@@ -137,6 +137,7 @@ def backward(
     union: bool, scale: float, summary_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, summary_q and summary_k; those of a union's summaries are zero."""
+    share, blocks = runs_of(q, share, blocks)
     arguments, constants = call(q, k, v, summary_q, selection, layout, share, blocks, longest, union, scale)
     start, end, _, _, local, own, leader = layout
     grad = grad.contiguous()

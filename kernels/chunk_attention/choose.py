@@ -16,7 +16,7 @@ from torch import Tensor
 from ..launch import Config, Kernel, Pairs, precision
 from . import chunked, selection
 from .layout import ChunkLayout
-from .tables import Tables, invert, starts_of
+from .tables import Tables, invert, runs_of, starts_of
 
 LAST = tl.constexpr(2**30)  # above every number of a chunk
 
@@ -173,9 +173,10 @@ def problem(constants: Mapping[str, Any]) -> tuple[Tensor, Tensor, ChunkLayout]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=source, device=device)
 
-    # All along one line, so that rounding does not change the order of scores, and with many ties.
-    line = draw(1, 1, constants["HS"], constants["E"])
-    queries, chunks = line * draw(2, length, constants["HS"], 1), line * draw(2, count, 1, 1).mul(4).round()
+    # Small integers, whose products are exact everywhere, with many ties.
+    line = draw(1, 1, constants["HS"], constants["E"]).sign()
+    queries = line * draw(2, length, constants["HS"], 1).mul(4).round()
+    chunks = line * draw(2, count, 1, 1).mul(4).round()
     return queries.to(kind), chunks.to(kind), layout
 
 
@@ -223,6 +224,7 @@ def select(
 ) -> Tensor:  # fmt: skip
     """Chosen chunks [B, T, Hs, K], int32, the best first."""
     batch, length, heads, _ = summary_q.shape
+    share, blocks = runs_of(summary_q, share, blocks)
     starts, run = selection.leaders(leader, share, blocks)
     found = summary_q.new_empty(blocks, heads, top_k, dtype=torch.int32)
     SELECT(

@@ -23,7 +23,7 @@ class Piece:
 
     Attributes:
         query: [n, R], their numbers; ``live`` [n, R]: which are there; ``place`` [n, R]: Q for the others.
-        rows: [n U K], what a set of heads chose, as rows of the chunks' keys and values.
+        rows: what a set of heads chose, rows [n U K] of the chunks as laid out, else [n U K L] of the memory.
         local: [n, W], tokens that are also read, or None.
         seen: [n, U, R or 1, 1, K L + W], which tokens a query sees.
     """
@@ -49,7 +49,7 @@ class Gather:
         self.group = group_of(self.heads, self.shared, choosers)
         self.sets = self.heads // self.group
         self.kind = compute_dtype(q)
-        self.share = share
+        self.share, self.reach = min(share, q.shape[1]), share
         # Only a layout that does not know its longest chunk makes the host wait for one number.
         self.longest = longest or int((self.end - self.start).max())
         self.starts, _ = leaders(self.leader, share, blocks)
@@ -57,11 +57,16 @@ class Gather:
         self.keys_of = first * self.shared // self.heads
         self.choice_of = first * choosers // self.heads
         self.selection = selection.flatten(0, 1).long()
-        step = torch.arange(self.longest, device=q.device)
-        self.tokens = (self.start[:, None] + step).clamp(max=k.shape[0] * k.shape[1] - 1)
-        self.there = step < (self.end - self.start)[:, None]
         self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
-        self.chunk_k, self.chunk_v = self._chunks(self.k), self._chunks(self.v)
+        # A few queries on a long memory, as in decoding, read less than it would take to lay all of it out.
+        laid = (self.starts.numel() - 1) * self.sets * selection.shape[3] >= self.start.numel() * self.shared
+        self.tokens, self.there = self._tokens(torch.arange(self.start.numel() if laid else 0, device=q.device))
+        self.chunk_k, self.chunk_v = (self._chunks(x) if laid else None for x in (self.k, self.v))
+
+    def _tokens(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of chunks [..., L], and whether they are there."""
+        place = self.start[number][..., None] + torch.arange(self.longest, device=number.device)
+        return place.clamp(max=self.k.shape[0] - 1), place < self.end[number][..., None]
 
     def _chunks(self, x: Tensor) -> Tensor:
         """[M Hkv, L D]."""
@@ -71,7 +76,7 @@ class Gather:
     def pieces(self) -> Iterator[Piece]:
         """Runs of queries, as many at a time as a cache holds."""
         kept = self.selection.shape[2]
-        wide = self.longest + self.share - 1 if self.union else 0
+        wide = self.longest + self.reach - 1 if self.union else 0
         each = self.sets * (kept * self.longest + wide) * (2 * self.width + 3 * self.share * self.group)
         step = max(1, SIZE // max(1, each))
         count = self.own.numel()
@@ -85,14 +90,18 @@ class Gather:
             number = self.selection[query[:, 0]][:, self.choice_of]
             chosen = number >= 0
             number = number.clamp(min=0)
-            seen = (self.there[number] & chosen[..., None]).flatten(2)[:, :, None]
+            if self.chunk_k is None:
+                tokens, there = self._tokens(number)
+                rows = tokens * self.shared + self.keys_of[:, None, None]
+            else:
+                there, rows = self.there[number], number * self.shared + self.keys_of[:, None]
+            seen = (there & chosen[..., None]).flatten(2)[:, :, None]
             local = None
             if self.union:
                 place = self.local[query[:, 0], None] + torch.arange(wide, device=query.device)
                 local = place.clamp(max=self.k.shape[0] - 1)
                 near = ((place[:, None] < self.own[query][..., None]) & live[..., None])[:, None]
                 seen = torch.cat([seen.expand(-1, -1, self.share, -1), near.expand(-1, self.sets, -1, -1)], -1)
-            rows = number * self.shared + self.keys_of[:, None]
             yield Piece(query, live, put, rows.flatten(), local, seen[:, :, :, None])
 
     def take(self, x: Tensor, piece: Piece) -> Tensor:
@@ -107,10 +116,15 @@ class Gather:
         rows = rows.view(runs, self.sets, share, self.group, -1).transpose(1, 2).reshape(runs, share, self.heads, -1)
         out[piece.place] = rows.to(out.dtype)
 
-    def memory(self, chunks: Tensor, tokens: Tensor, piece: Piece) -> Tensor:
+    def memory(self, chunks: Tensor | None, tokens: Tensor, piece: Piece) -> Tensor:
         """Keys or values of a piece [n U, K L + W, D]."""
         runs = piece.query.shape[0]
-        read = chunks.index_select(0, piece.rows).view(runs * self.sets, -1, self.width)
+        if chunks is None:
+            read = tokens.reshape(-1, self.width).index_select(0, piece.rows).view(runs * self.sets, -1, self.width)
+            there = piece.seen[:, :, 0, 0, : read.shape[1]].reshape(runs * self.sets, -1, 1)
+            read = read.masked_fill_(~there, 0)
+        else:
+            read = chunks.index_select(0, piece.rows).view(runs * self.sets, -1, self.width)
         if piece.local is not None:
             there = piece.seen[:, 0, :, 0, -piece.local.shape[1] :].any(1)[..., None, None]
             near = tokens[piece.local].masked_fill(~there, 0)[:, :, self.keys_of].transpose(1, 2)
@@ -137,20 +151,26 @@ class Gather:
         """Weights of the chunks [Q, Hs, K] as [n, U, R, 1, K, 1]."""
         return weights[piece.query][:, :, self.choice_of].transpose(1, 2)[:, :, :, None, :, None]
 
-    def add(self, total: Tensor, near: Tensor, rows: Tensor, piece: Piece) -> None:
-        """Add gradients [n U, K L + W, D] to those of chunks [M Hkv, L D] and of tokens [S, Hkv, D]."""
-        runs = piece.query.shape[0]
+    def zeros(self) -> tuple[Tensor | None, Tensor]:
+        """For :meth:`add`: of the chunks as laid out [M Hkv, L D], and of tokens [S + 1, Hkv, D] (one to spare)."""
+        near = self.k.new_zeros(self.k.shape[0] + 1, *self.k.shape[1:], dtype=self.kind)
+        return None if self.chunk_k is None else torch.zeros_like(self.chunk_k, dtype=self.kind), near
+
+    def add(self, total: Tensor | None, near: Tensor, rows: Tensor, piece: Piece) -> None:
+        """Add gradients [n U, K L + W, D]."""
+        runs, wide = piece.query.shape[0], 0 if piece.local is None else piece.local.shape[1]
+        far = rows[:, : rows.shape[1] - wide].reshape(piece.rows.numel(), -1)
+        add_rows(near.view(-1, self.width) if total is None else total, piece.rows, far)
         if piece.local is None:
-            add_rows(total, piece.rows, rows.reshape(piece.rows.numel(), -1))
             return
-        wide = piece.local.shape[1]
-        add_rows(total, piece.rows, rows[:, :-wide].reshape(piece.rows.numel(), -1))
         part = rows[:, -wide:].reshape(runs, self.sets, wide, self.width).transpose(1, 2)
         index = piece.local[:, :, None] * self.shared + self.keys_of
         add_rows(near.view(-1, self.width), index.flatten(), part.reshape(-1, self.width))
 
-    def tokens_of(self, total: Tensor, near: Tensor) -> Tensor:
-        """Gradients of tokens [S, Hkv, D] from those of chunks, added to ``near`` [S + 1, Hkv, D] (one to spare)."""
+    def tokens_of(self, total: Tensor | None, near: Tensor) -> Tensor:
+        """All that was added, by tokens [S, Hkv, D]."""
+        if total is None:
+            return near[:-1]
         rows = total.view(-1, self.shared, self.longest, self.width).transpose(1, 2).flatten(0, 1)
         place = torch.where(self.there, self.tokens, near.shape[0] - 1).flatten()
         return near.index_add_(0, place, rows)[:-1]  # chunks share no tokens: each is added once
@@ -216,8 +236,7 @@ def backward(
     queries, slopes = q.flatten(0, 1), grad.flatten(0, 1)
     count = queries.shape[0]
     d_q = q.new_empty(count + 1, *q.shape[2:])
-    tokens = call.k.shape[0] + 1, *call.k.shape[1:]
-    sums = [(torch.zeros_like(call.chunk_k, dtype=call.kind), k.new_zeros(tokens, dtype=call.kind)) for _ in range(2)]
+    sums = call.zeros(), call.zeros()
     along = q.new_empty(count + 1, *log_sum.shape[1:], dtype=call.kind)
     for piece in call.pieces():
         keys, values = call.memory(call.chunk_k, call.k, piece), call.memory(call.chunk_v, call.v, piece)

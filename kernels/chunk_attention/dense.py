@@ -20,12 +20,13 @@ def fits(q: Tensor, k: Tensor, summary_k: Tensor, kept: int, share: int, longest
     """Whether this is the quicker way: each row of queries has a row of memory, and that is short.
 
     A gathered token costs half of a dense one where many rows share it, of which the scores of all tokens are scaled,
-    and as much as 22 more where one row has it alone; half of the memory lies before a query. Measured on one core,
-    heads of 64, forward and backward.
+    and as much as 22 more where one row has it alone. A query sees all tokens before it, and those of the whole memory
+    are laid out once. Measured on one core, heads of 64, forward and backward.
     """
     known = longest or -(-k.shape[1] // summary_k.shape[1])
-    seen = summary_k.shape[1] * known / 2
-    return q.device.type == "cpu" and q.shape[0] == k.shape[0] and seen <= kept * known * (0.5 + 22 / (share * group))
+    memory, length = summary_k.shape[1] * known, q.shape[1]
+    cost = memory - min(length, memory) / 2 + 4 * memory / length
+    return q.device.type == "cpu" and q.shape[0] == k.shape[0] and cost <= kept * known * (0.5 + 22 / (share * group))
 
 
 class Blocks:

@@ -20,7 +20,7 @@ from . import chunked
 from .choose import weigh
 from .layout import ChunkLayout
 from .selection import select
-from .tables import group_of, starts_of
+from .tables import group_of, runs_of, starts_of
 
 LARGEST = 64  # tokens of a tile: one chunk or a part of it
 LOWEST = tl.constexpr(-1e30)  # below every score and finite: its difference from minus infinity is no NaN
@@ -352,6 +352,7 @@ def forward(
     layout: tuple[Tensor, ...], share: int, blocks: int, longest: int, union: bool, scale: float, summary_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o [B, T, H, D], log2-sum-exp2 [Q, H, K] (K = 1 for a union), and weights [Q, Hs, K] (none for a union)."""
+    share, blocks = runs_of(q, share, blocks)
     arguments, constants = call(q, k, v, summary_q, selection, layout, share, blocks, longest, union, scale)
     o = q.new_empty(q.shape)
     kept = 1 if union else selection.shape[3]

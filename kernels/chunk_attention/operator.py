@@ -190,7 +190,7 @@ def _select(
 def plain_way(q: Tensor, k: Tensor, summary_k: Tensor, chosen: Tensor, layout: ChunkLayout) -> str:
     """Which of the two plain paths a call takes, by its shapes."""
     group = group_of(q.shape[2], k.shape[2], chosen.shape[2])
-    if not dense.fits(q, k, summary_k, chosen.shape[3], layout.share, layout.longest, group):
+    if not dense.fits(q, k, summary_k, chosen.shape[3], min(layout.share, q.shape[1]), layout.longest, group):
         return "gather"
     if not torch.compiler.is_compiling():
         log_once("chunk_attention: plain torch multiplies with all chunks, for the memory is short")

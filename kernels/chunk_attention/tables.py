@@ -25,6 +25,11 @@ class Tables:
     offsets: Tensor
 
 
+def runs_of(q: Tensor, share: int, blocks: int) -> tuple[int, int]:
+    """A layout's ``share`` and ``blocks`` for the kernels; of rows of one query, as in decoding, each leads itself."""
+    return (1, q.shape[0]) if q.shape[1] == 1 else (share, blocks)
+
+
 def starts_of(leader: Tensor, share: int, blocks: int) -> Tensor:
     """:attr:`Tables.starts`."""
     return leaders(leader, share, blocks)[0].to(torch.int32)

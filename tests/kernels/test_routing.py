@@ -1,14 +1,12 @@
 """Routing beyond conformance: against a plain sort, at its extremes, without host reads, and bad input."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from harness import DEVICE, EXACT, Draw, assert_close, assert_same
+from host_reads import no_reads
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from triton_checks import CLOSE, check_configurations
 
@@ -165,34 +163,6 @@ def step(logits: Tensor, x: Tensor, borders: Tensor | None, backend: str | None)
     out = combine(dispatch(x, r, backend), r, backend)
     loss = out.square().sum() + balance_loss(r) + router_z_loss(logits)
     return [out.detach(), *torch.autograd.grad(loss, [logits, x])]
-
-
-READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "bincount", "equal", "is_nonzero")
-
-
-class NoReads(TorchDispatchMode):
-    """Refuses whatever needs a value of a tensor on the host, or gives a shape that depends on one."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if any(name.startswith(word) for word in READS) or "repeat_interleave.Tensor" in str(func):
-            raise AssertionError(f"{func} reads a value on the host")
-        if name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1]):
-            raise AssertionError("a mask as an index reads a value on the host")
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def no_reads(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Also what does not reach the dispatcher."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a tensor is read on the host")
-
-    with patch.context() as inside, NoReads():
-        for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
-            inside.setattr(Tensor, name, refuse)
-        yield
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
