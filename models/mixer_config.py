@@ -180,12 +180,24 @@ class Bank(Strict):
     ahead: Annotated[int, Field(ge=0)] = 4
 
 
+class Cut(Strict):
+    """Chunks that end where a token surprises: where -log p of its key, given those of the last ``window`` tokens, is
+    ``gamma`` standard deviations above its mean over these; then moved back to where the keys fall apart best. They
+    have at least ``least`` tokens and at most the memory's chunk_size.
+    """
+
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    window: Annotated[int, Field(ge=2)] = 32
+    least: Count = 8
+
+
 class ChunkMemory(Heads):
     """A memory of the past in chunks of ``chunk_size`` tokens, of which a token reads the ``top_k`` best.
 
     ``share``: so many consecutive tokens read the chunks that the first of them chooses. ``branching`` (null: none):
     choosing goes down a tree of means of so many summaries. ``bank`` (null: all is kept, where the model is): what is
-    kept when a state is carried from call to call; a call without one reads all of its own tokens.
+    kept when a state is carried from call to call; a call without one reads all of its own tokens. ``cut`` (null: all
+    chunks have ``chunk_size`` tokens): where chunks end.
     """
 
     chunk_size: Count = 32
@@ -194,12 +206,21 @@ class ChunkMemory(Heads):
     branching: Annotated[int, Field(ge=2)] | None = None
     scorer: Scorer = Scorer()
     bank: Bank | None = None
+    cut: Cut | None = None
 
     @model_validator(mode="after")
     def _windows_fit(self) -> Self:
         if self.bank is not None and self.chunk_size % self.share:
             was = self.share
             raise ValueError(f"share was {was}; with a bank it must divide chunk_size = {self.chunk_size}")
+        if self.cut is not None:
+            least = self.cut.least
+            if least > self.chunk_size:
+                raise ValueError(f"least of cut was {least}; it must be at most chunk_size = {self.chunk_size}")
+            if self.share > 1:
+                raise ValueError(f"share was {self.share}; with cut it must be 1")
+            if self.bank is not None:
+                raise ValueError("bank was a section; with cut it must be null")
         if self.scorer.kind == "strided_mlp" and self.scorer.width > self.chunk_size:
             was = self.scorer.width
             raise ValueError(f"width of scorer was {was}; it must be at most chunk_size = {self.chunk_size}")

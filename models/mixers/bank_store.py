@@ -12,7 +12,7 @@ from ..bank import MemoryBank
 from ..config import ModelConfig
 from ..mixer_config import Bank, ChunkMemory
 from ..state import take_rows
-from .chunk_store import ChunkStore, written
+from .chunk_store import Ages, ChunkStore, written
 from .mixer import LayerState
 
 
@@ -54,6 +54,7 @@ class BankedStore(ChunkStore):
         state: LayerState | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = True,
+        ages: Ages | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """See :class:`ChunkStore`."""
         streams = (q, k, v, choosing, keys)
@@ -159,7 +160,8 @@ class BankedStore(ChunkStore):
         row = torch.arange(rows, device=q.device)[:, None]
         chunk, begin = torch.arange(count + 1, device=q.device), row * k.shape[1]
         start = begin + chunk * size
-        end = torch.where(chunk < have[:, None], start + size, start)
+        filled = torch.where(chunk < count, size * (chunk < have[:, None]), place[:, -1:] + 1)
+        end = start + filled
         first = (row * (count + 1)).expand(rows, length)
         local = (begin + count * size).expand(rows, length)
         laid = (start, end, first, first + count, local, local + place + 1)
@@ -172,16 +174,3 @@ class BankedStore(ChunkStore):
         )
         assert isinstance(o, Tensor)
         return o, self.weights(choosing, summary, chosen)
-
-
-def make_store(
-    model: ModelConfig,
-    mixer: ChunkMemory,
-    read: Literal["two_level", "union"],
-    kv: tuple[int, int],
-    choosing: tuple[int, int],
-) -> ChunkStore:
-    """The store of a configuration: with a bank where it has one."""
-    if mixer.bank is None:
-        return ChunkStore(model, mixer, read, kv, choosing)
-    return BankedStore(model, mixer, read, kv, choosing, mixer.bank)

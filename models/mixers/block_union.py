@@ -6,9 +6,8 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..layers import Linear, split_rotary
 from ..mixer_config import BlockUnion
-from .bank_store import make_store
-from .chunk_store import chunk_numbers
 from .mixer import LayerState, Mixer
+from .stores import make_store
 
 
 class BlockUnionAttention(Mixer):
@@ -63,15 +62,22 @@ class BlockUnionAttention(Mixer):
         return self.store.init_state(batch, device, dtype)
 
     @torch.no_grad()
-    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
-        """``distance`` in tokens to the chosen chunks of x [B, T, dim], a mean over the tokens that had any."""
+    def _probe(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shares of the chunks [B, T, Nc], and numbers of every token [B, T]."""
         shares = self.store.shares(*self._streams(x, None, None)[1:])
+        return shares, self.store.numbers(shares)
+
+    @torch.no_grad()
+    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
+        """Means over the tokens of x [B, T, dim] that had a chunk to choose: ``entropy`` of the shares of the chunks
+        among those that its heads chose, in nats; ``distance`` in tokens to them."""
+        shares, numbers = self._probe(x)
         reads = shares.sum(-1) > 0
-        distance = chunk_numbers(shares, self.mixer.chunk_size)["distance"]
-        return {"distance": (distance * reads).sum() / reads.sum().clamp(min=1)}
+        return {name: (value * reads).sum() / reads.sum().clamp(min=1) for name, value in numbers.items()}
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, Tensor]:
-        """See :class:`Mixer`: ``chunks`` [B, T, Nc], the share of each chunk among those chosen; ``distance``."""
-        shares = self.store.shares(*self._streams(x, None, None)[1:])
-        return {"chunks": shares, "distance": chunk_numbers(shares, self.mixer.chunk_size)["distance"]}
+        """See :class:`Mixer`: ``chunks`` [B, T, Nc], the share of each chunk among those chosen, and the numbers of
+        :meth:`diagnose`."""
+        shares, numbers = self._probe(x)
+        return {"chunks": shares, **numbers}

@@ -1,5 +1,6 @@
 """The past of a sequence in chunks: what queries read from, in training, prefill and decoding alike."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,9 @@ from ..layers import token_positions
 from ..mixer_config import ChunkMemory
 from .mixer import LayerState
 from .scorers import make_scorer
+
+#: k and v of the ages in a chunk, made when they are needed.
+Ages = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class ChunkStore(nn.Module):
         state: LayerState | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = True,
+        ages: Ages | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Add tokens, and read at each.
 
@@ -84,10 +89,11 @@ class ChunkStore(nn.Module):
             choosing: [B, T, Hs, E], what each token looks for among the chunks.
             keys: like choosing, what its chunk is found by.
             state, cu_seqlens, return_state: as of a mixer.
+            ages: of a store that cuts chunks itself; others know a token's age when it comes.
 
         Returns: o [B, T, H, D], 0 where there is nothing to read yet, and the state.
         """
-        found, after = self.look(k, v, choosing, keys, state, cu_seqlens, return_state)
+        found, after = self.look(k, v, choosing, keys, state, cu_seqlens, return_state, ages)
         selection = None
         if self.branching is not None or found.choosing is not choosing:
             selection = self.select(found)
@@ -130,6 +136,14 @@ class ChunkStore(nn.Module):
         score = score.gather(-1, chosen.long().clamp(min=0)) * (self.read == "two_level")
         return score.masked_fill(chosen < 0, -torch.inf).softmax(-1).nan_to_num(0.0)
 
+    def numbers(self, shares: Tensor) -> dict[str, Tensor]:
+        """Of the weights of chunks, shares [B, T, Nc]: their ``entropy`` in nats, and the ``distance`` from a token to
+        the middle of the chunks, in tokens, by weight; both [B, T], 0 where there is no chunk."""
+        size, device = self.chunk_size, shares.device
+        middle = torch.arange(shares.shape[2], device=device) * size + (size - 1) / 2
+        back = torch.arange(shares.shape[1], device=device)[:, None] - middle
+        return {"entropy": torch.special.entr(shares).sum(-1), "distance": (shares * back).sum(-1)}
+
     def look(
         self,
         k: Tensor,
@@ -139,6 +153,7 @@ class ChunkStore(nn.Module):
         state: LayerState | None,
         cu_seqlens: Tensor | None,
         return_state: bool,
+        ages: Ages | None = None,
     ) -> tuple[Read, LayerState | None]:
         """What :meth:`forward` is to read, and the state after the tokens."""
         if state is None and cu_seqlens is None:
@@ -158,12 +173,12 @@ class ChunkStore(nn.Module):
         pieces = [x[:, : whole * size].unflatten(1, (whole, size)) for x in (keys, choosing)]
         summary = self.scorer(*pieces)
         layout = ChunkLayout.regular(batch, length, size, self.share, k.device)
-        found = Read(k, v, _lengthened(summary, bool(left)), layout, choosing)
+        found = Read(k, v, lengthened(summary, left > 0), layout, choosing)
         if not return_state:
             return found, None
-        state = {"k": k, "v": v, "summary": summary, "keys": _lengthened(keys[:, whole * size :], size - 1 - left)}
+        state = {"k": k, "v": v, "summary": summary, "keys": lengthened(keys[:, whole * size :], size - 1 - left)}
         if self.scorer.asks:
-            state["queries"] = _lengthened(choosing[:, whole * size :], size - 1 - left)
+            state["queries"] = lengthened(choosing[:, whole * size :], size - 1 - left)
         if self.share > 1:
             run = length // self.share * self.share
             state["leader"] = choosing[:, run] if run < length else torch.zeros_like(choosing[:, 0])
@@ -206,7 +221,7 @@ class ChunkStore(nn.Module):
         after["summary"] = laid(
             fresh.flatten(0, 1), row * fresh.shape[1], done, slots // size, start // size, held["summary"]
         )
-        summary = _lengthened(after["summary"], slots % size > 0)
+        summary = lengthened(after["summary"], slots % size > 0)
         if self.share > 1:
             leader = held["leader"][owner].to(choosing.dtype)
             begun = position - position % self.share < start[owner]
@@ -267,14 +282,6 @@ def written(cache: Tensor, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
     return grown.flatten(0, 1).index_copy(0, target, x.flatten(0, 1)).unflatten(0, (cache.shape[0], size))
 
 
-def _lengthened(x: Tensor, more: int) -> Tensor:
+def lengthened(x: Tensor, more: int) -> Tensor:
     """x [N, S, ...] with ``more`` zeros behind its S."""
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, int(more))) if more else x
-
-
-def chunk_numbers(shares: Tensor, chunk_size: int) -> dict[str, Tensor]:
-    """Of the weights of chunks, shares [B, T, Nc]: their ``entropy`` in nats, and the ``distance`` from a token to the
-    middle of the chunks, in tokens, by weight; both [B, T], 0 where there is no chunk."""
-    middle = torch.arange(shares.shape[2], device=shares.device) * chunk_size + (chunk_size - 1) / 2
-    back = torch.arange(shares.shape[1], device=shares.device)[:, None] - middle
-    return {"entropy": torch.special.entr(shares).sum(-1), "distance": (shares * back).sum(-1)}

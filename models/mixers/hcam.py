@@ -9,9 +9,8 @@ from ..config import ModelConfig
 from ..layers import Linear, RMSNorm, token_positions
 from ..mixer_config import HCAM
 from .attention import AttentionCore
-from .bank_store import make_store
-from .chunk_store import chunk_numbers
 from .mixer import LayerState, Mixer
+from .stores import make_store
 
 
 def ages(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -61,6 +60,7 @@ class HierarchicalMemory(Mixer):
         self.keep = Linear(model.dim, choosing[0] * choosing[1], model.init_std)
         self.kv = Linear(model.dim, 2 * self.kv_heads * self.width, model.init_std)
         self.store = make_store(model, mixer, "two_level", (self.kv_heads, self.width), choosing)
+        self.ages = self._age_pairs if mixer.cut is not None else None
         self.gate = Linear(model.dim, mixer.heads, model.init_std) if mixer.combine == "gate" else None
         self.out = Linear(model.dim, model.dim, model.residual_std)
 
@@ -71,12 +71,25 @@ class HierarchicalMemory(Mixer):
         selectors, size = self.mixer.selectors, self.mixer.chunk_size
         q, choosing = self.ask(z).split([self.dim, self.keep.out_features], -1)
         past = z.detach() if self.mixer.detach else z
-        position = token_positions(z.shape[1], None if state is None else state["position"], cu_seqlens, z.device)
-        table = ages if torch.compiler.is_compiling() else _known_ages
-        placed = past + table(size, self.dim, z.dtype, z.device)[position % size]
-        k, v = self.kv(placed).unflatten(-1, (2 * self.kv_heads, self.width)).split(self.kv_heads, 2)
+        placed = past
+        if self.ages is None:
+            start = None if state is None else state["position"]
+            position = token_positions(z.shape[1], start, cu_seqlens, z.device)
+            table = ages if torch.compiler.is_compiling() else _known_ages
+            placed = past + table(size, self.dim, z.dtype, z.device)[position % size]
+        k, v = self._pairs(placed)
         keys = self.keep(past).unflatten(-1, (selectors, -1))
         return q.unflatten(-1, (self.heads, self.width)), k, v, choosing.unflatten(-1, (selectors, -1)), keys
+
+    def _pairs(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v [..., Hkv, D] of z [..., dim]."""
+        k, v = self.kv(z).unflatten(-1, (2 * self.kv_heads, self.width)).split(self.kv_heads, -2)
+        return k, v
+
+    def _age_pairs(self) -> tuple[Tensor, Tensor]:
+        """k and v [C, Hkv, D] of P, for a store that knows a token's age only when its chunk closes."""
+        weight = self.kv.weight
+        return self._pairs(_known_ages(self.mixer.chunk_size, self.dim, weight.dtype, weight.device))
 
     def forward(
         self,
@@ -91,7 +104,7 @@ class HierarchicalMemory(Mixer):
         a = self.local_out(a)
         z = self.norm(x + a)
         streams = self._streams(z, held["memory"], cu_seqlens)
-        m, memory = self.store(*streams, held["memory"], cu_seqlens, return_state)
+        m, memory = self.store(*streams, held["memory"], cu_seqlens, return_state, self.ages)
         y = a + self._combined(m, z)
         return y, {"attention": attention, "memory": memory} if return_state else None
 
@@ -115,8 +128,8 @@ class HierarchicalMemory(Mixer):
         z = self.norm(x + a)
         streams = self._streams(z, None, None)
         shares = self.store.shares(*streams[1:])
-        m = self._combined(self.store(*streams, None, None, False)[0], z)
-        numbers = chunk_numbers(shares, self.mixer.chunk_size)
+        m = self._combined(self.store(*streams, None, None, False, self.ages)[0], z)
+        numbers = self.store.numbers(shares)
         return shares, numbers | {"strength": m.norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-12)}
 
     @torch.no_grad()

@@ -69,6 +69,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "scorer": {"kind": "representative", "tokens": 2},
         "bank": {"capacity": 3, "page": 2, "evict": "least_relevant"},
     },
+    "hcam, cut": {**HCAM, "chunk_size": 5, "cut": {"gamma": 0.2, "window": 4, "least": 2}},
     "block union": {"kind": "block_union", "heads": 2, "chunk_size": 3, "top_k": 2},
     "block union, grouped": {
         "kind": "block_union",

@@ -40,7 +40,14 @@ def step_by_step(mixer: Any, x: Tensor, sizes: Iterable[int]) -> tuple[Tensor, A
     return torch.cat(outputs, 1), state
 
 
-@pytest.mark.parametrize("mixer", [HCAM, {**UNION, "share": 3}, {**HCAM, "branching": 2, "chunk_size": 2}])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        HCAM,
+        {**UNION, "share": 3, "scorer": {"kind": "representative", "tokens": 1}},
+        {**HCAM, "branching": 2, "chunk_size": 2},
+    ],
+)
 @pytest.mark.parametrize("evict", ["fifo", "least_relevant"])
 def test_a_bank_that_is_not_full_changes_nothing(mixer: dict[str, Any], evict: str) -> None:
     x = tokens(2, 26)
