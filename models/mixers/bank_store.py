@@ -173,4 +173,4 @@ class BankedStore(ChunkStore):
             q, k, v, choosing, summary, top_k=self.top_k, layout=layout, read=self.read, selection=selection
         )
         assert isinstance(o, Tensor)
-        return o, self.weights(choosing, summary, chosen)
+        return o, self.weights(choosing.detach(), summary.detach(), chosen)
