@@ -238,15 +238,15 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
     share, top = constants["SHARE"], constants["TOP"]
     longest = constants["TILE"] - 1 if constants["ONE"] else constants["TILE"] + 3
     length = 3 * longest + 5
-    layout = ChunkLayout.regular(2, length, longest, share, device)
+    layout = ChunkLayout.regular(1, length, longest, share, device)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=source, device=device).to(kind)
 
     def tokens(heads: int, stride: int) -> Tensor:
-        return draw(2, length, stride)[..., : heads * width].unflatten(-1, (heads, width))
+        return draw(1, length, stride)[..., : heads * width].unflatten(-1, (heads, width))
 
-    summaries = draw(2, length, choosers, size), draw(2, 4, choosers, size)
+    summaries = draw(1, length, choosers, size), draw(1, 4, choosers, size)
     tables = (layout.start, layout.end, layout.first, layout.last, layout.leader)
     return {
         "q": tokens(heads, constants["Q_STRIDE"]),

@@ -258,7 +258,7 @@ def test_decoding_in_triton(go: Callable[..., list[Tensor]], read: str) -> None:
     assert_close([found[0], *found[2:]], [wanted[0], *wanted[2:]], SINGLE, "triton")
 
 
-@pytest.mark.parametrize("read, share", [("two_level", 1), ("union", 8)])
+@pytest.mark.parametrize("read, share", [("two_level", 4), ("union", 8)])
 def test_every_configuration_is_right(read: str, share: int) -> None:
     def call() -> None:
         given = arguments(40, 4, rows=1, heads=2, shared=1, choosers=1, dtype=torch.float32)
