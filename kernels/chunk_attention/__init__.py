@@ -65,17 +65,17 @@ def chunk_attention(
     a log-sum-exp per query, head and chosen chunk, the weights and the choice; it adds up gradients of a chunk in the
     order of the queries.
 
-    It wins over :func:`palimpsest.kernels.window_attention` without a window from 1024 tokens on, a union from 2048, and
-    its time is linear in the length: seconds of one core of a CPU, forward and backward, float32, 4 heads of 64, 4
-    chunks of 32 that 64 queries choose together.
+    It wins over :func:`palimpsest.kernels.window_attention` without a window from 1024 tokens on, a union from 2048,
+    and its time is linear in the length. Time of one core of a CPU, forward and backward, float32, 4 heads of 64, and 4
+    chunks of 32, which 64 queries choose together:
 
         tokens             512   1024   2048   4096   8192
         window_attention    15     47    151    538   2085 ms
         two_level           20     42     63    143    255 ms
         union               42     67    111    230    485 ms
 
-    Chosen by each query for itself (share = 1) it takes 1.5 to 2.3 times as long as window_attention up to 2048 tokens:
-    what is gathered is not used again, and a CPU then rather multiplies with a short memory whole. To measure:
+    Where each query chooses for itself (share = 1) it takes 1.5 to 2.3 times as long as window_attention up to 2048
+    tokens: what is gathered is used once, and a CPU rather multiplies with a short memory whole. To measure:
 
         python -m palimpsest.kernels.profile bench --device cpu --only chunk_attention window_attention/causal \\
             --sweep T=2k..8k
