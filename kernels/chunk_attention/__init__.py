@@ -146,7 +146,8 @@ def select_chunks(
     With ``branching`` b they are found in a tree whose nodes are means of the b summaries below, empty chunks left out,
     in O(b top_k log Nc) per leader instead of Nc: from the root down, the best top_k nodes of a level are kept. A
     query's candidates fall into whole nodes, counted from its own first one, at most b - 1 of a level, so that no mean
-    holds a chunk that the query may not see. As long as top_k b covers a level the choice is the exact one.
+    holds a chunk that the query may not see. With up to b top_k candidates the choice is the exact one. Every call
+    makes its tree, in O(b Nc log Nc): it pays for many queries, not for one.
 
     Args:
         summary_q: [B, T, Hs, E], float16, bfloat16, float32 or float64; relevance is float32 at least.
