@@ -38,7 +38,7 @@ def test_the_numbers_are_these_on_every_machine() -> None:
 def test_an_example_depends_on_its_number_alone() -> None:
     whole, part = needle.generate(64, 8, 30, seed=2), needle.generate(64, 8, 10, seed=2, start=20)
     assert all(torch.equal(a[20:], b) for a, b in zip(whole, part, strict=True))
-    made = needle.task(train=[[64, 8, 30]], test=[[32, 4, 5]])
+    made = needle.task(train=[[64, 8, 30]], validation=[[64, 8, 5]], test=[[32, 4, 5]])
     assert [group.name for group in made.test] == ["32"] and made.vocab_size == 34
     assert not torch.equal(made.train[0].read(0, 5)[0], made.validation[0].read(0, 5)[0])
 
