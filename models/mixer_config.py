@@ -118,8 +118,8 @@ class TitansMAL(Heads):
 
 
 class Mixture(Strict):
-    """Mixture of memories: each token goes to ``top_k`` of ``memories``, and with ``shared`` to one more. One memory with
-    none shared is a plain layer of its rule.
+    """Mixture of memories: each token goes to ``top_k`` of ``memories``, and with ``shared`` to one more. A lone memory
+    with none shared is a plain layer of its rule.
 
     ``rule`` is that of every memory; ``memory`` describes it for the rule neural, and is null for the others, which
     work in chunks of ``chunk_size`` tokens. ``projections``: k, v and the gates from matrices of each memory's own, or

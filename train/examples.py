@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from .split import IGNORE, Batch, derive, permute
 TASKS = "palimpsest.eval.tasks"
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """Examples of one kind and length.
 
     ``read(start, count)`` gives tokens and labels, int64 [count, length]: a label is what the model has to say at its
