@@ -25,7 +25,7 @@ WARMUP = 3
 
 
 def read_preset(text: str) -> dict[str, Any]:
-    """The mapping in a preset's file: sections by indentation, ``{a: b}`` of plain values, lists of those, comments.
+    """The mapping in a preset's file: sections by indentation, ``{a: b}`` of values, lists of those, comments.
 
     That is all that ``configs/`` holds; a configuration of your own may hold any YAML, which ``read_config`` reads.
 
@@ -58,9 +58,9 @@ def read_preset(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A flat mapping, a quoted text, a number, true, false, null, or plain text."""
+    """A mapping, a quoted text, a number, true, false, null, or plain text."""
     if text.startswith("{") and text.endswith("}"):
-        pairs = [pair.partition(":") for pair in text[1:-1].split(",") if pair.strip()]
+        pairs = [pair.partition(":") for pair in _entries(text[1:-1]) if pair.strip()]
         return {key.strip(): _value(value.strip()) for key, _, value in pairs}
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         return text[1:-1]
@@ -73,6 +73,15 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _entries(text: str) -> list[str]:
+    """What stands between the commas that no inner mapping encloses."""
+    entries = [""]
+    for part in text.split(","):
+        inside = entries[-1].count("{") > entries[-1].count("}")
+        entries = [*entries[:-1], f"{entries[-1]},{part}"] if inside else [*entries, part]
+    return entries
 
 
 def measure(content: dict[str, Any], device: torch.device, steps: int, batch: int, length: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from palimpsest.models.config import ConfigError, ModelConfig, validate
 from palimpsest.models.mixers import make_mixer
 
 from .mixers import HCAM, REGISTRY, small_mixer, small_model, tokens
-from .test_chunk_memory import hcam
+from .test_chunk_memory import block_union, hcam
 
 BOUND = 1e-10
 
@@ -132,6 +132,31 @@ def test_the_layer_is_its_equations() -> None:
     assert (mixer(x)[0][0] - expected).abs().max() <= BOUND
     assert (mixer.observe(x)["chunks"][0, :, : len(seen)] - weights).abs().max() <= BOUND
     assert set(mixer.diagnose(x)) == {"entropy", "strength"}
+
+
+def test_a_union_is_its_equations() -> None:
+    mixer = {"kind": "block_union", "heads": 2, "chunk_size": 5, "top_k": 2, "cut": REGISTRY["hcam, cut"]["cut"]}
+    config = validate(ModelConfig, small_model(mixer))
+    torch.manual_seed(0)
+    layer: Any = make_mixer(config, config.mixer_of(0)).double().requires_grad_(False)
+    cutter, x = layer.store.cutter, tokens(1, 33)
+
+    def cut(keys: Tensor) -> list[tuple[int, int, int]]:
+        return [(c.start, c.end, c.closed) for c in plain_cut(cutter, plain_surprise(keys, cutter.window), keys)]
+
+    assert (layer(x)[0][0] - block_union(layer, x[0], cut=cut)[0]).abs().max() <= BOUND
+
+
+def test_a_stream_has_the_chunks_of_the_whole() -> None:
+    """With a window that is longer than what came before the split."""
+    torch.manual_seed(0)
+    cut = {"gamma": 0.4, "window": 12, "least": 1}
+    config = validate(ModelConfig, small_model({**HCAM, "chunk_size": 6, "cut": cut}))
+    mixer = make_mixer(config, config.mixer_of(0)).double().requires_grad_(False)
+    x = tokens(4, 30)
+    whole = mixer(x)[1]["memory"]["closed"]
+    for at in range(1, 14):
+        assert torch.equal(mixer(x[:, at:], mixer(x[:, :at])[1])[1]["memory"]["closed"], whole)
 
 
 def test_a_union_of_all_chunks_is_full_attention() -> None:

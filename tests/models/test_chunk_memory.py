@@ -121,25 +121,27 @@ def hcam(
     return torch.stack(outputs), counted
 
 
-def block_union(mixer: BlockUnionAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+def block_union(
+    mixer: BlockUnionAttention, x: Tensor, cut: Callable[[Tensor], Chunks] | None = None
+) -> tuple[Tensor, Tensor]:
     """As of :func:`hcam`; of a union, each chosen chunk counts the same."""
     store, heads, shared = mixer.store, mixer.heads, mixer.kv_heads
     q, k, v = F.linear(x, mixer.qkv.weight).unflatten(-1, (-1, mixer.width)).split([heads, shared, shared], 1)
     group = heads // shared
     choosing = torch.stack([q[:, g * group : (g + 1) * group].mean(1) for g in range(shared)], 1)
-    chunks = even(store.chunk_size, len(x))
+    chunks = even(store.chunk_size, len(x)) if cut is None else cut(k.flatten(1))
     known = summaries(store.scorer, k, choosing, chunks)
     core: Any = SimpleNamespace(rope=mixer.mixer.rope, base=mixer.base)
     outputs, counted = [], torch.zeros(len(x), len(chunks), dtype=x.dtype)
     for t in range(len(x)):
-        own = t // store.share * store.share // store.chunk_size * store.chunk_size
+        leader = t // store.share * store.share
+        own = max((end for _, end, closed in chunks if closed <= leader), default=0)
         parts = []
         for h in range(heads):
             g = h // group
             ids = chosen(store, chunks, choosing, known, t, g)
             counted[t, ids] += 1 / max(1, len(ids)) / heads
-            places = [i * store.chunk_size + j for i in ids for j in range(store.chunk_size)]
-            places += range(own, t + 1)
+            places = [j for i in ids for j in range(*chunks[i][:2])] + list(range(own, t + 1))
             query = rotated(q[t], t, core)[h]
             scores = torch.stack([rotated(k[j], j, core)[g] @ query for j in places]) / math.sqrt(mixer.width)
             parts.append(scores.softmax(0) @ torch.stack([v[j, g] for j in places]))

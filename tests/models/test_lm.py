@@ -85,7 +85,7 @@ def test_parameter_counts(name: str) -> None:
 
 
 def test_every_file_builds() -> None:
-    files = sorted(HERE.rglob("*.yaml"))
+    files = sorted(path for path in HERE.rglob("*.yaml") if path.parent.name != "ablations")
     assert len(files) >= 21
     for path in files:
         with torch.device("meta"):

@@ -12,7 +12,7 @@ from palimpsest.models.config import load_yaml
 from palimpsest.train import throughput
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESETS = sorted(ROOT.glob("configs/**/*.yaml"))
+PRESETS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name != "ablations")
 TINY = ROOT / "configs" / "tiny" / "titans_mag.yaml"
 
 ALONE = """
