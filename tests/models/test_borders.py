@@ -152,11 +152,19 @@ def test_a_stream_has_the_chunks_of_the_whole() -> None:
     torch.manual_seed(0)
     cut = {"gamma": 0.4, "window": 12, "least": 1}
     config = validate(ModelConfig, small_model({**HCAM, "chunk_size": 6, "cut": cut}))
-    mixer = make_mixer(config, config.mixer_of(0)).double().requires_grad_(False)
-    x = tokens(4, 30)
+    mixer: Any = make_mixer(config, config.mixer_of(0)).double().requires_grad_(False)
+    x, seen = tokens(4, 30), []
+    handle = mixer.keep.register_forward_hook(lambda module, args, output: seen.append(output))
     whole = mixer(x)[1]["memory"]["closed"]
+    handle.remove()
+    for row, keys in zip(whole, seen[0], strict=True):
+        chunks = plain_cut(mixer.store.cutter, plain_surprise(keys, 12), keys)
+        assert row[row > 0].tolist() == [chunk.closed for chunk in chunks]
     for at in range(1, 14):
-        assert torch.equal(mixer(x[:, at:], mixer(x[:, :at])[1])[1]["memory"]["closed"], whole)
+        state = None
+        for part in x.tensor_split([at, at + 3], 1):
+            state = mixer(part, state)[1]
+        assert torch.equal(state["memory"]["closed"], whole)
 
 
 def test_a_union_of_all_chunks_is_full_attention() -> None:
