@@ -71,11 +71,12 @@ def markdown(content: Mapping[str, Any]) -> str:
         sizes = [f"{entry[key]:,.0f}" for key in ("parameters", "flops_per_token", "state_bytes")]
         rows.append([entry["arm"], chosen or "–", *sizes, *shown, number(None if last is None else last["p"])])
     counts = sorted({entry["n"] for entry in summary})
+    seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
     where, versions = content["runs"][0]["machine"], content["runs"][0]["versions"]
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
     seconds = sum(row["seconds"] for row in content["runs"])
     notes = [
-        f"Mean ± standard deviation over {' or '.join(map(str, counts))} seeds; the setting of each arm was chosen by "
+        f"Mean ± standard deviation over {seeds}; the setting of each arm was chosen by "
         f"{ablation['select']}, and is reported on the test examples. FLOPs of a token's forward and backward, without "
         "the output head; state bytes of the tensors themselves, of one sequence, after training's length.",
     ]
