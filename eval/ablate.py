@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -134,6 +135,8 @@ def measure(config: RunConfig) -> dict[str, Any]:
     device = next(model.parameters()).device
     tokens = torch.zeros(1, config.train.seq_len, dtype=torch.int64, device=device)
     head = 6 * config.model.dim * config.model.vocab_size
+    about = record.provenance(device, time.perf_counter() - began)
+    del about["command"]  # of one process of the pool
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_per_token": model.flops_per_token(config.train.seq_len) - head,
@@ -141,7 +144,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         "loss": summary.loss,
         **last,
         "test": tests,
-        **record.provenance(device, time.perf_counter() - began),
+        **about,
     }
 
 
@@ -196,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rows:
             summary = ablation_report.summarise(rows, ablation.select, ablation.select in LARGEST, ablation.baseline)
             content = {"ablation": ablation.model_dump(mode="json"), "summary": summary, "runs": rows}
+            content["command"] = shlex.join(["python", "-m", "palimpsest.eval.ablate", *(argv or sys.argv[1:])])
             print(ablation_report.write(out, content))
         for label in failed:
             print(f"failed: {label}", file=sys.stderr)
