@@ -5,28 +5,22 @@ forward, replay it; ``neural_memory_reads_backward`` (``backward_reads.py``) goe
 steps at once; ``neural_memory_carry`` (``backward_carry.py``) walks them in reverse with the gradients of the state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..launch import Config, Kernel
+from ..launch import Kernel
 from .backward_carry import neural_memory_carry
 from .backward_reads import neural_memory_reads_backward
 from .canary import backward_pairs
-from .forward import READS, STATES, constants_of, launch, pack, segments, state_configs, step_configs, unpack
+from .forward import READS, STATES, constants_of, launch, pack, segments, state_configs, unpack
 from .gate_kernels import run_gates, run_gates_backward
 from .spec import MemorySpec
 from .tiles import workspace_sizes
 
-
-def either_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Four warps, or the eight with which nothing spills on Ampere."""
-    return list(dict.fromkeys([*step_configs(constants), *state_configs(constants)]))
-
-
-READS_BACKWARD = Kernel(neural_memory_reads_backward, either_configs, backward_pairs)
+READS_BACKWARD = Kernel(neural_memory_reads_backward, state_configs, backward_pairs)
 CARRY = Kernel(neural_memory_carry, state_configs, backward_pairs)
 
 
@@ -69,6 +63,7 @@ def run_backward(
         **dict(zip(("d_write_ptr", "d_vectors_ptr", "d_ends_ptr"), d_of_steps, strict=True)),
         "d_norm_ptr": d_norms,
         "T": q.shape[1],
+        "zero": 0,
     }
     d_state = walk_segments(arguments, constants, rows, spec)
     d_gates = run_gates_backward(d_of_steps, *gates)

@@ -11,7 +11,7 @@ from .tiles import anchor_of, copy, fold, found_anew, segment_steps, sequence, s
 
 
 @triton.jit
-def carry_step(j, segment, T, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
+def carry_step(j, segment, T, zero, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
                states_ptr, d_k_ptr, d_v_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr,
                zero_ptr, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
                EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
@@ -32,7 +32,7 @@ def carry_step(j, segment, T, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, sta
         last_update(
             q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR) + (LAYERS - 1) * PAIR,
             d_before_ptr + program * (LAYERS * WHOLE) + (LAYERS - 1) * WHOLE, vectors_ptr + slot * (4 * C),
-            ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, D, F, C, BF,
+            ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C, BF,
             DEEP, MOMENTUM, part == 0, part == 1, part == 2, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
@@ -47,7 +47,7 @@ def carry_step(j, segment, T, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, sta
             first_update(
                 q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR),
                 d_before_ptr + program * (LAYERS * WHOLE), vectors_ptr + slot * (4 * C), ends_ptr + slot * 4,
-                d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, D, F, C, BF, MOMENTUM,
+                d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C, BF, MOMENTUM,
                 part == 0, part == 1, part == 2, DT, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
@@ -57,7 +57,7 @@ def carry_step(j, segment, T, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, sta
             states_ptr + (program - segment) * STEPS * (LAYERS * PAIR), start_ptr + program * (LAYERS * WHOLE),
             j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE,
         )  # fmt: skip
-        second_order(u2, small, wide, D, F, C, BF, DT, PRECISION)
+        second_order(u2, small, wide, zero, D, F, C, BF, DT, PRECISION)
         tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F)
@@ -77,7 +77,7 @@ def carry_step(j, segment, T, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, sta
     # Where a step is a whole chunk, the anchor is the weights it begins with.
     g1 = d_before_ptr + program * (LAYERS * WHOLE) + tl.where(opens & (C == CHUNK), 0, PAIR)
     keys_down(
-        k_ptr, d_k_ptr, tok, valid, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, small, wide, D, F, C, BF, DEEP,
+        k_ptr, d_k_ptr, tok, valid, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, small, wide, zero, D, F, C, BF, DEEP,
         NORM or not DOT, DT, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
@@ -87,14 +87,14 @@ def carry_step(j, segment, T, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, sta
         # Here the weights became an anchor that later steps, or the next call, held beside them.
         for layer in tl.static_range(LAYERS):
             grads = d_before_ptr + program * (LAYERS * WHOLE) + layer * WHOLE
-            fold(grads, grads + PAIR, SIZE)
+            fold(grads, grads + PAIR, zero, SIZE)
         tl.debug_barrier()
 
 
 @triton.jit
-def begin_carry(segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after_ptr, H: tl.constexpr, D: tl.constexpr,
-                F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
-                COPIES: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+def begin_carry(segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after_ptr, zero, H: tl.constexpr,
+                D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
+                LAYERS: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """The gradients of the state after the segment, to where they are carried on."""
     n = tl.program_id(0) // H
     SIZE: tl.constexpr = D * F
@@ -108,22 +108,22 @@ def begin_carry(segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after
     if (first < after) | ((segment == 0) & (length == 0)):
         ends_here = (length == 0) | (after * C >= filled)
         if ends_here:
-            copy(d_state1, end_ptr + own, LAYERS * WHOLE)
+            copy(d_state1, end_ptr + own, zero, LAYERS * WHOLE)
         else:
-            copy(d_state1, d_after_ptr + own, LAYERS * WHOLE)
+            copy(d_state1, d_after_ptr + own, zero, LAYERS * WHOLE)
         tl.debug_barrier()
         if ends_here & (filled % CHUNK == 0) & ((length > 0) | (not STATE)):
             # The anchor after the call is its weights.
             for layer in tl.static_range(LAYERS):
-                fold(d_state1 + layer * WHOLE, d_state1 + layer * WHOLE + PAIR, SIZE)
+                fold(d_state1 + layer * WHOLE, d_state1 + layer * WHOLE + PAIR, zero, SIZE)
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "segment"])
+@triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_carry(
     q_ptr, k_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, end_ptr, states_ptr,
     d_k_ptr, d_v_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, d_after_ptr, small_ptr, wide_ptr, zero_ptr,
-    T, segment, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+    T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
     EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
     MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     BF: tl.constexpr,
@@ -133,7 +133,7 @@ def neural_memory_carry(
     ones in between; [N, H, ·] with W, S and the anchor of each layer. Segment 0 of a sequence without tokens hands
     ``end`` through."""
     begin_carry(
-        segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after_ptr, H, D, F, CHUNK, C, EVERY,
+        segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after_ptr, zero, H, D, F, CHUNK, C, EVERY,
         2 if DEEP else 1, 2 if MOMENTUM else 1, STATE, PACKED,
     )  # fmt: skip
     for back in tl.range(0, EVERY * CHUNK // C, disable_licm=True):
@@ -142,7 +142,7 @@ def neural_memory_carry(
         j = after - 1 - back
         if j >= first:
             carry_step(
-                j, segment, T, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
+                j, segment, T, zero, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
                 states_ptr, d_k_ptr, d_v_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr,
                 zero_ptr, H, D, F, CHUNK, C, EVERY, DEEP, NORM, RESIDUAL, DOT, MOMENTUM, STATE, PACKED, DT, PRECISION,
                 BF,

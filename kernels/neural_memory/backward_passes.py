@@ -50,7 +50,7 @@ def carried(weights, grads, at, end_retain, end_carry, end_inertia, from_weight,
 
 
 @triton.jit
-def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide,
+def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide, zero,
                 D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
                 MOMENTUM: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
@@ -73,7 +73,7 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
     d_retain = tl.zeros([BF], tl.float32)
     d_carry = tl.zeros([BF], tl.float32)
     d_inertia = tl.zeros([BF], tl.float32)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = f[None, :] * D + d[:, None]
         at_hidden = i[:, None] * F + f[None, :]
@@ -122,7 +122,7 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
 
 
 @triton.jit
-def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide,
+def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide, zero,
                  D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, MOMENTUM: tl.constexpr,
                  SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
@@ -142,7 +142,7 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
     d_retain = tl.zeros([D], tl.float32)
     d_carry = tl.zeros([D], tl.float32)
     d_inertia = tl.zeros([D], tl.float32)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
         at_hidden = i[:, None] * F + f[None, :]
@@ -188,7 +188,7 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
 
 
 @triton.jit
-def second_order(u2, small, wide, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+def second_order(u2, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
                  DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Δ1 = B ⊙ gelu′, B = Δ2 U2ᵀ: adds to the gradient of Δ2; leaves those of B and of the keys' pre-activations."""
     _, backs, _, _, d_delta1s, d_hiddens = hidden_parts(small, C, D, F)
@@ -196,7 +196,7 @@ def second_order(u2, small, wide, D: tl.constexpr, F: tl.constexpr, C: tl.conste
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     d_delta = tl.load(tall(d_deltas, C, D)[0])
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at_hidden = i[:, None] * F + f[None, :]
         before = tl.load(befores + at_hidden)
@@ -264,7 +264,7 @@ def error_down(d_v_ptr, j, begin, length, place, h, norm_ptr, d_norm, small, wid
 
 
 @triton.jit
-def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, D: tl.constexpr, F: tl.constexpr,
+def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, zero, D: tl.constexpr, F: tl.constexpr,
               C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr,
               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): writes that of
@@ -279,7 +279,7 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, D
     d_last_t = tl.load(tall(lasts, C, D)[1])
     delta_t = tl.load(tall(deltas, C, D)[1])
     d_k = tl.load(tall(d_keys, C, D)[0])
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
         at2 = f[None, :] * D + d[:, None]

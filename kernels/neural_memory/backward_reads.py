@@ -32,25 +32,29 @@ from .tiles import (
 
 
 @triton.jit
-def flows(write, small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DT: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
-    """The last layer's R ⊙ Λ and its transpose, and what its reads add to the gradient of Δ, to the workspace."""
+def flows(write, small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, FLOW: tl.constexpr,
+          TURNED: tl.constexpr, DELTA: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """To the workspace the last layer's R ⊙ Λ (FLOW), its transpose (TURNED), or what its reads add to the gradient of
+    Δ (DELTA)."""
     deltas, reads, _, flow, flow_t, _, _ = small_parts(small, C, D)
     products, _, _, d_deltas, _, _, _, _ = wide_parts(wide, C, D, F)
-    d_read = tl.load(tall(reads, C, D)[0])
-    written = tl.load(square(write, C)[0]).to(tl.float32)
-    written_t = tl.load(square(write, C)[1]).to(tl.float32)
-    found = -product(d_read, tl.load(tall(deltas, C, D)[1]), DT, PRECISION) * written
-    tl.store(square(flow, C)[0], found.to(DT))
-    found = -product(tl.load(tall(deltas, C, D)[0]), tl.load(tall(reads, C, D)[1]), DT, PRECISION) * written_t
-    tl.store(square(flow_t, C)[0], found.to(DT))
-    d_delta = -product(tl.load(square(products, C)[1]) * written_t, d_read, DT, PRECISION)
-    tl.store(tall(d_deltas, C, D)[0], d_delta)
+    if FLOW:
+        found = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
+        tl.store(square(flow, C)[0], (found * tl.load(square(write, C)[0]).to(tl.float32)).to(DT))
+    else:
+        written_t = tl.load(square(write, C)[1]).to(tl.float32)
+        if TURNED:
+            found = -product(tl.load(tall(deltas, C, D)[0]), tl.load(tall(reads, C, D)[1]), DT, PRECISION)
+            tl.store(square(flow_t, C)[0], (found * written_t).to(DT))
+        if DELTA:
+            d_read = tl.load(tall(reads, C, D)[0])
+            d_delta = -product(tl.load(square(products, C)[1]) * written_t, d_read, DT, PRECISION)
+            tl.store(tall(d_deltas, C, D)[0], d_delta)
 
 
 @triton.jit
-def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, wide, D: tl.constexpr,
-               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, wide, zero,
+               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
                RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the last layer's reads: the gradients of the queries' pre-activations, of the hidden keys and of
     the first layer's Δ, by its reads, to the workspace; those of A and f. A linear memory's query is its hidden
@@ -58,7 +62,7 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vec
     SIZE: tl.constexpr = D * F
     retain, carry, _, _, _, _, _ = gates
     _, reads, _, flows, flows_t, _, _ = small_parts(small, C, D)
-    _, _, _, d_pres, _, d_hiddens = hidden_parts(small, C, D, F)
+    _, _, read_hiddens, d_pres, hiddens, d_hiddens = hidden_parts(small, C, D, F)
     _, _, _, _, _, befores, pres, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
@@ -67,17 +71,21 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vec
     flow_t = tl.load(square(flows_t, C)[0])
     d_retain = tl.zeros([C], tl.float32)
     d_carry = tl.zeros([C], tl.float32)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = f[None, :] * D + d[:, None]
         at_hidden = i[:, None] * F + f[None, :]
         if DEEP:
-            hidden = gelu(tl.load(befores + at_hidden))[0]
+            # Operands are loaded and not computed: every warp would compute all of them. Wide heads have the registers
+            # here, but not where the hidden keys would be stored.
+            hidden = tl.load(hiddens + at_hidden) if D <= 64 else gelu(tl.load(befores + at_hidden))[0]
+            read_hidden = tl.load(read_hiddens + at_hidden)
             pre = tl.load(pres + at_hidden)
             read, sigma = gelu(pre)
         else:
-            hidden = token_rows(k_ptr, tok, valid, f).to(tl.float32)
-            read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
+            hidden = token_rows(k_ptr, tok, valid, f)
+            read_hidden = token_rows(q_ptr, tok, valid, f)
+            read = read_hidden.to(tl.float32)
         to_weight = product(d_read, tl.load(weights + at), DT, PRECISION)
         d_retain += tl.sum(read * to_weight, 1)
         d_read_hidden = to_weight * retain[:, None] + product(flow, hidden, DT, PRECISION)
@@ -85,7 +93,7 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vec
             to_moment = product(d_read, tl.load(weights + SIZE + at), DT, PRECISION)
             d_carry += tl.sum(read * to_moment, 1)
             d_read_hidden += to_moment * carry[:, None]
-        tl.store(d_hiddens + at_hidden, product(flow_t, read, DT, PRECISION).to(DT))
+        tl.store(d_hiddens + at_hidden, product(flow_t, read_hidden, DT, PRECISION).to(DT))
         if DEEP:
             tl.store(d_pres + at_hidden, (d_read_hidden * gelu_slope(pre, sigma)).to(DT))
         else:
@@ -97,16 +105,16 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vec
 
 
 @triton.jit
-def first_scores(write, small, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DT: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def first_scores(write, small, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the scores of the first layer's reads: the gradient of its Δ to the workspace; of the scores,
     by Λ, in place of these, and returned without."""
     _, _, _, _, _, scores, scores_ts = small_parts(small, C, D)
     delta1s, _, _, d_pres, d_delta1s, _ = hidden_parts(small, C, D, F)
     i = tl.arange(0, C)
-    scores_t = tl.load(square(scores_ts, C)[0])
+    scores_t = tl.load(square(scores_ts, C)[1])  # they lie there as the reads had them
     d_scores = tl.zeros([C, C], tl.float32)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at_hidden = i[:, None] * F + f[None, :]
         d_pre = tl.load(d_pres + at_hidden)
@@ -117,7 +125,7 @@ def first_scores(write, small, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, D: tl.constexpr, F: tl.constexpr,
+def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, zero, D: tl.constexpr, F: tl.constexpr,
                     C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, DT: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the scores of both layers' reads: the gradient of Λ, and what the first layer's add to that of
@@ -126,7 +134,7 @@ def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, D: tl
     products, _, _, _, d_keys, _, _, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     if DEEP:
-        d_scores = first_scores(write, small, D, F, C, BF, DT, PRECISION)
+        d_scores = first_scores(write, small, zero, D, F, C, BF, DT, PRECISION)
         tl.debug_barrier()
     d_written = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
     d_written = d_written * tl.load(square(products, C)[0])
@@ -140,7 +148,7 @@ def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, D: tl
 
 
 @triton.jit
-def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, D: tl.constexpr,
+def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, zero, D: tl.constexpr,
                 F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr,
                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the first layer's reads: writes the gradient of Q; adds to those of A and f."""
@@ -152,7 +160,7 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_ve
     i = tl.arange(0, C)
     by_weight = tl.zeros([C, D], tl.float32)
     by_moment = tl.zeros([C, D], tl.float32)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
         d_pre = tl.load(d_pres + i[:, None] * F + f[None, :])
@@ -171,10 +179,10 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_ve
     tl.store(d_q_ptr + tok[:, None] + d[None, :], d_q.to(DT), mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "segment"])
+@triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_reads_backward(
     q_ptr, k_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, position_ptr, cu_ptr, states_ptr, d_q_ptr, d_write_ptr,
-    d_vectors_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    d_vectors_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
@@ -189,12 +197,15 @@ def neural_memory_reads_backward(
     first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     j = segment * STEPS + tl.program_id(1)
     if (j >= first) & (j < after):
-        program, h, slot, begin, length, place = found_anew(
-            zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
-        )  # fmt: skip
-        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
-        flows(write_ptr + slot * (C * C), small, wide, C, D, F, DT, PRECISION)
-        tl.debug_barrier()
+        for part in tl.static_range(3):
+            program, h, slot, begin, length, place = found_anew(
+                zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
+            )  # fmt: skip
+            small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+            flows(
+                write_ptr + slot * (C * C), small, wide, C, D, F, part == 0, part == 1, part == 2, DT, PRECISION
+            )  # fmt: skip
+            tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(
             zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
         )  # fmt: skip
@@ -204,7 +215,7 @@ def neural_memory_reads_backward(
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         last_reads(
             q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, gates,
-            d_vectors_ptr + slot * (4 * C), small, wide, D, F, C, BF, DEEP, RESIDUAL, MOMENTUM, DT, PRECISION,
+            d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, DEEP, RESIDUAL, MOMENTUM, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(
@@ -213,8 +224,8 @@ def neural_memory_reads_backward(
         small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         scores_backward(
-            q_ptr, k_ptr, tok, valid, write_ptr + slot * (C * C), d_write_ptr + slot * (C * C), small, wide, D, F, C,
-            BF, DEEP, DT, PRECISION,
+            q_ptr, k_ptr, tok, valid, write_ptr + slot * (C * C), d_write_ptr + slot * (C * C), small, wide, zero, D, F,
+            C, BF, DEEP, DT, PRECISION,
         )  # fmt: skip
         if DEEP:
             program, h, slot, begin, length, place = found_anew(
@@ -225,6 +236,6 @@ def neural_memory_reads_backward(
             gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
             tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
             first_reads(
-                q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors_ptr + slot * (4 * C), small, D, F,
-                C, BF, RESIDUAL, MOMENTUM, DT, PRECISION,
+                q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors_ptr + slot * (4 * C), small, zero,
+                D, F, C, BF, RESIDUAL, MOMENTUM, DT, PRECISION,
             )  # fmt: skip

@@ -44,10 +44,10 @@ def written(layer, at, gradient, theta, retain, momentum, ended, MOMENTUM: tl.co
     return before, after
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero"])
 def neural_memory_decode(
     q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, norm_ptr, position_ptr, w1_ptr, s1_ptr, u1_ptr, w2_ptr,
-    s2_ptr, u2_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2, H: tl.constexpr, D: tl.constexpr,
+    s2_ptr, u2_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2, zero, H: tl.constexpr, D: tl.constexpr,
     F: tl.constexpr, CHUNK: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     DOT: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, DT: tl.constexpr,
     BF: tl.constexpr,
@@ -75,7 +75,7 @@ def neural_memory_decode(
     if NORM:
         scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
     out = tl.zeros([D], tl.float32)
-    for start in range(0, F, BF):
+    for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
         if DEEP:
             hidden, _ = gelu(tl.sum(tl.load(first[2] + d[:, None] * F + f[None, :]) * k[:, None], 0))
@@ -94,7 +94,7 @@ def neural_memory_decode(
         delta = delta * scale
         delta = rstd * (delta - tl.sum(delta, 0) / D - unit * (tl.sum(delta * unit, 0) / D))
     read = tl.zeros([D], tl.float32)
-    for start in range(0, F, BF):
+    for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
         at_last = f[:, None] * D + d[None, :]
         if DEEP:
@@ -154,6 +154,7 @@ def run_decode(
         "norm_ptr": q if norm is None else norm.contiguous(),
         "position_ptr": position,
         "o_ptr": o,
+        "zero": 0,
     }
     arguments |= {f"{name}_ptr": x for name, x in _named([x.contiguous() for x in state], spec).items()}
     arguments |= {f"new_{name}": x for name, x in _named(new, spec).items()}

@@ -23,9 +23,9 @@ from .states import neural_memory_states
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def step_length(spec: MemorySpec) -> int:
-    """C of a step: the chunk, or the part of it that fits a program's registers."""
-    return min(spec.chunk_size, 64)
+def step_length(spec: MemorySpec, width: int) -> int:
+    """C of a step: the chunk, or the part of it that fits a program's registers with heads of ``width``."""
+    return min(spec.chunk_size, 64 if width <= 64 else 32)
 
 
 def constants_of(
@@ -37,7 +37,7 @@ def constants_of(
         "D": q.shape[3],
         "F": weights[0].shape[2],
         "CHUNK": spec.chunk_size,
-        "C": step_length(spec),
+        "C": step_length(spec, q.shape[3]),
         "EVERY": segment_chunks(spec, [(w.shape[1], w.shape[2]) for w in weights]),
         "DEEP": spec.layers == 2,
         "NORM": spec.norm,
@@ -61,8 +61,9 @@ def state_configs(constants: Mapping[str, Any]) -> list[Config]:
 
 
 def step_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Where programs are many: four warps, of which each has 16 rows of a step to itself; eight for wide heads."""
-    return [Config((("BF", 16),), 8 if constants["D"] > 64 else 4, 1)]
+    """Where programs are many: four warps, of which each has 16 rows of a step to itself; for wide heads also eight,
+    with which some memories spill on Ampere, as others do with four elsewhere."""
+    return [Config((("BF", 16),), warps, 1) for warps in ((8, 4) if constants["D"] > 64 else (4,))]
 
 
 def pairs_of(constants: Mapping[str, Any]) -> Pairs:
@@ -152,6 +153,7 @@ def run_forward(
         **dict.fromkeys(("d_o_ptr", "d_norm_ptr", "wide_ptr"), step),
         "zero_ptr": step.new_zeros(1, dtype=torch.int32),
         "T": q.shape[1],
+        "zero": 0,
     }
     for segment in range(segments(q.shape[1], constants)):
         arguments["segment"] = segment

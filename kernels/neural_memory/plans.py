@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from .spec import MemorySpec
 
 
 def call(
-    spec: MemorySpec, *, batch: int = 8, length: int = 4096, heads: int = 16, width: int = 64, decode: bool = False
+    spec: MemorySpec, *, width: int = 64, batch: int = 8, length: int = 4096, packed: bool = False, decode: bool = False
 ) -> None:
-    """One call in bfloat16, forward and backward; ``decode``: one token after a state, forward alone."""
+    """One call in bfloat16 with heads of ``width``, 1,024 channels in all, forward and backward. ``packed``: the
+    sequences as one row of documents, each after a state. ``decode``: one token after a state, forward alone."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype).requires_grad_(not decode)
 
-    shape = batch, length, heads
+    heads = 1024 // width
+    shape = (1, batch * length, heads) if packed else (batch, length, heads)
     q, k, v = (new(*shape, width, dtype=torch.bfloat16) for _ in range(3))
     weights = [new(*s) for s in spec.weight_shapes(heads, width, width)]
     o, _ = neural_memory(
@@ -31,7 +34,8 @@ def call(
         weights=weights,
         spec=spec,
         norm=new(heads, width) if spec.norm else None,
-        state=neural_memory_state(weights, batch, spec) if decode else None,
+        state=neural_memory_state(weights, batch, spec) if packed or decode else None,
+        cu_seqlens=torch.arange(0, batch * length + 1, length, dtype=torch.int32) if packed else None,
         return_state=decode,
         backend="triton",
     )
@@ -39,13 +43,39 @@ def call(
         o.backward(torch.empty_like(o))
 
 
-#: The H200 shape (batch 8, 4096 tokens, 16 heads of 64, bfloat16) unless a name says otherwise: f is the hidden
-#: width, c the chunk, d the head's width.
+def plan(*, width: int = 64, packed: bool = False, **choices: Any) -> Callable[[], None]:
+    """A call of the memory that these choices make."""
+    return partial(call, MemorySpec(**choices), width=width, packed=packed)
+
+
+#: At the H200 shape (batch 8, 4096 tokens, 16 heads of 64, bfloat16) unless a name says otherwise: f is the hidden
+#: width, c the chunk, d the head's width. Every pair of choices occurs together in some plan.
 PLANS: dict[str, Callable[[], None]] = {
-    "mlp_f256_c64_bf16": partial(call, MemorySpec()),
-    "mlp_f64_c256_bf16": partial(call, MemorySpec(expansion=1, chunk_size=256)),
-    "mlp_f256_c16_gd_bf16": partial(call, MemorySpec(chunk_size=16, rule="gd", bias="dot")),
-    "mlp_d128_f512_c64_bf16": partial(call, MemorySpec(), heads=8, width=128),
-    "linear_c64_bf16": partial(call, MemorySpec("linear")),
+    "mlp_f256_c64_bf16": plan(),
+    "linear_c16_dot_gd_packed_bf16": plan(
+        packed=True, network="linear", residual=True, bias="dot", rule="gd", chunk_size=16
+    ),
+    "mlp_d128_f512_c64_bf16": plan(width=128),
+    "mlp_d128_f128_c128_plain_dot_gd_late_packed_bf16": plan(
+        width=128,
+        packed=True,
+        expansion=1,
+        norm=False,
+        bias="dot",
+        rule="gd",
+        chunk_size=128,
+        read_after_write=False,
+    ),
+    "linear_d128_c32_norm_dot_gd_late_packed_bf16": plan(
+        width=128,
+        packed=True,
+        network="linear",
+        norm=True,
+        residual=True,
+        bias="dot",
+        rule="gd",
+        chunk_size=32,
+        read_after_write=False,
+    ),
     "mlp_f256_decode_bf16": partial(call, MemorySpec(), length=1, decode=True),
 }

@@ -11,6 +11,7 @@ from .states import keys_block
 from .tiles import (
     anchor_of,
     deltas_of,
+    found_anew,
     gelu,
     hidden_parts,
     load_gates,
@@ -23,7 +24,6 @@ from .tiles import (
     small_parts,
     square,
     step_offsets,
-    step_slot,
     tall,
     token_columns,
     token_rows,
@@ -33,12 +33,13 @@ from .tiles import (
 
 
 @triton.jit
-def reads_pass(q_ptr, k_ptr, tok, valid, zero, deltas, anchor, states, write, gates, reads, hiddens, D: tl.constexpr,
+def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, states, write, gates, reads, hiddens, zero, D: tl.constexpr,
                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr,
                GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The reads up to the LayerNorm, but for the term of the last layer's scores; with h h_Kᵀ of that layer. The hidden
-    queries go through ``reads``. GRAD: Δ of the first layer, B and both pre-activations to ``hiddens``. ``anchor``,
-    ``states``: where the two layers begin.
+    queries go through ``reads``. GRAD: Δ of the first layer, B, both pre-activations, and for heads of at most 64 the
+    hidden keys (where the gradient of Δ will lie) to ``hiddens``, and the scores by Λ. ``anchor``, ``states``: where
+    the two layers begin.
 
     The transposed keys are loaded for every block anew (``zero`` is 0, which the compiler does not know): where matrix
     instructions take operands from registers, they would fill a quarter of them.
@@ -53,9 +54,11 @@ def reads_pass(q_ptr, k_ptr, tok, valid, zero, deltas, anchor, states, write, ga
     delta = tl.load(tall(deltas, C, D)[0])
     if DEEP:
         scores = (product(q, token_columns(k_ptr, tok, valid, d), DT, PRECISION) * tl.load(write).to(tl.float32)).to(DT)
+        if GRAD:
+            tl.store(square(hiddens[5], C)[0], scores)
     products = tl.zeros([C, C], tl.float32)
     i = tl.arange(0, C)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
@@ -75,6 +78,8 @@ def reads_pass(q_ptr, k_ptr, tok, valid, zero, deltas, anchor, states, write, ga
                 tl.store(hiddens[1] + at_hidden, back.to(DT))
                 tl.store(hiddens[2] + at_hidden, before)
                 tl.store(hiddens[3] + at_hidden, pre)
+                if D <= 64:
+                    tl.store(hiddens[4] + at_hidden, gelu(before)[0].to(DT))
         else:
             hidden_t = token_columns(k_ptr, tok, valid, f)
             read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
@@ -82,7 +87,7 @@ def reads_pass(q_ptr, k_ptr, tok, valid, zero, deltas, anchor, states, write, ga
     if DEEP:
         tl.debug_barrier()
     out = tl.zeros([C, D], tl.float32)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at2 = f[:, None] * D + d[None, :]
         if DEEP:
@@ -95,68 +100,64 @@ def reads_pass(q_ptr, k_ptr, tok, valid, zero, deltas, anchor, states, write, ga
     return products, out
 
 
-@triton.jit(do_not_specialize=["T", "segment"])
+@triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_reads(
     q_ptr, k_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, states_ptr, o_ptr,
-    d_o_ptr, d_norm_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    d_o_ptr, d_norm_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
     GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Forward: ``o`` of one step. GRAD: its tiles to the workspace, with the gradient of the last layer's reads, and
     what the reads add to that of the norm's scale: ``d_norm`` [slots, H, 2, D], by the reads of a step and by its
     error."""
-    n = tl.program_id(0) // H
-    h = tl.program_id(0) % H
     SIZE: tl.constexpr = D * F
     LAYERS: tl.constexpr = 2 if DEEP else 1
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
     PAIR: tl.constexpr = COPIES * SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
-    begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
-    first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
+    d = tl.arange(0, D)
     j = segment * STEPS + tl.program_id(1)
+    _, length, place = sequence(tl.program_id(0) // H, cu_ptr, position_ptr, T, PACKED, STATE)
+    first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     if (j >= first) & (j < after):
-        program = (n * H + h).to(tl.int64)
+        program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         at = program * STEPS + tl.program_id(1)
         states = states_ptr + (program * STEPS - segment * STEPS) * (LAYERS * PAIR)
         given = start_ptr + program * (LAYERS * (PAIR + SIZE))
         anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
         now = states + j * (LAYERS * PAIR), states + j * (LAYERS * PAIR) + (LAYERS - 1) * PAIR
         deltas = deltas_of(small_ptr, at, C, D, F, GRAD)
-        slot = step_slot(j, n, begin, place, C) * H + h
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
-        write, write_t = square(write_ptr + slot * (C * C), C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
-        d = tl.arange(0, D)
         hidden = deltas + C * D
-        tiles = deltas, deltas, deltas, deltas
+        tiles = deltas, deltas, deltas, deltas, deltas, deltas
         if GRAD:
             small, wide = workspace(small_ptr, wide_ptr, at, C, D, F)
-            _, reads, _, _, _, _, scores_t = small_parts(small, C, D)
-            delta1s, backs, hidden, _, _, _ = hidden_parts(small, C, D, F)
-            products, _, _, _, _, befores, pres, _ = wide_parts(wide, C, D, F)
-            tiles = delta1s, backs, befores, pres
-            if DEEP:
-                k = token_rows(k_ptr, tok, valid, d)
-                flow_t = product(k, token_columns(q_ptr, tok, valid, d), DT, PRECISION)
-                tl.store(square(scores_t, C)[0], (flow_t * tl.load(write_t).to(tl.float32)).to(DT))
-        zero = tl.load(zero_ptr)
+            parts, wides = hidden_parts(small, C, D, F), wide_parts(wide, C, D, F)
+            hidden = parts[2]
+            tiles = parts[0], parts[1], wides[5], wides[6], parts[4], small_parts(small, C, D)[6]
         found, out = reads_pass(
-            q_ptr, k_ptr, tok, valid, zero, deltas, anchor, now, write, gates, hidden, tiles, D, F, C, BF, DEEP,
-            MOMENTUM, GRAD, DT, PRECISION,
+            q_ptr, k_ptr, tok, valid, deltas, anchor, now, square(write_ptr + slot * (C * C), C)[0], gates, hidden,
+            tiles, zero, D, F, C, BF, DEEP, MOMENTUM, GRAD, DT, PRECISION,
         )  # fmt: skip
+        tl.debug_barrier()
+        program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
+        at = program * STEPS + tl.program_id(1)
+        tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         if GRAD:
-            tl.store(square(products, C)[0], found)
+            tl.store(square(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C)[0], found)
         if NORM or not GRAD:
-            delta = tl.load(tall(deltas, C, D)[0])
-            out -= product(found * tl.load(write).to(tl.float32), delta, DT, PRECISION)
+            delta = tl.load(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0])
+            written = tl.load(square(write_ptr + slot * (C * C), C)[0]).to(tl.float32)
+            out -= product(found * written, delta, DT, PRECISION)
         if GRAD:
             d_out = token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
             if NORM:
                 normed, rstd = normalised(out, D)
                 tl.store(d_norm_ptr + slot * (2 * D) + d, tl.sum(d_out * normed, 0))
                 d_out = project(d_out * load_norm(norm_ptr, h, D, NORM)[None, :], normed, D) * rstd[:, None]
+            reads = small_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[0], C, D)[1]
             tl.store(tall(reads, C, D)[0], d_out.to(DT))
         else:
             if NORM:

@@ -37,7 +37,7 @@ from .tiles import (
 
 
 @triton.jit
-def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
+def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
                BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
                DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The keys' pass at the anchor: ẑ and 1/std of the last layer, the error e, and Δ of the last layer."""
@@ -46,7 +46,7 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, D: tl.constexpr, F: tl.c
     last = tl.zeros([C, D], tl.float32)
     if NORM or not DOT:
         k = token_rows(k_ptr, tok, valid, d)
-        for start in tl.range(0, F, BF, disable_licm=True):
+        for start in tl.range(0, F + zero, BF, disable_licm=True):
             f = start + tl.arange(0, BF)
             if DEEP:
                 hidden, _ = gelu(product(k, tl.load(u1 + d[:, None] * F + f[None, :]), DT, PRECISION))
@@ -95,8 +95,8 @@ def update_block(old, new, at, end_retain, end_carry, end_inertia, written, writ
 
 
 @triton.jit
-def update_pass(k_ptr, tok, valid, delta, anchor, old, new, gates, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
-                BF: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+def update_pass(k_ptr, tok, valid, delta, anchor, old, new, gates, zero, D: tl.constexpr, F: tl.constexpr,
+                C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """The state after the step. ``anchor``, ``old``, ``new``: where the two layers begin; S follows W."""
     SIZE: tl.constexpr = D * F
@@ -107,7 +107,7 @@ def update_pass(k_ptr, tok, valid, delta, anchor, old, new, gates, D: tl.constex
     d = tl.arange(0, D)
     k = token_rows(k_ptr, tok, valid, d)
     kt = token_columns(k_ptr, tok, valid, d)
-    for start in tl.range(0, F, BF, disable_licm=True):
+    for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
@@ -129,19 +129,20 @@ def update_pass(k_ptr, tok, valid, delta, anchor, old, new, gates, D: tl.constex
 
 
 @triton.jit
-def begin_segment(states, start_ptr, kept_ptr, segment, n, h, slots, H: tl.constexpr, SIZE: tl.constexpr,
+def begin_segment(states, start_ptr, kept_ptr, segment, n, h, slots, zero, H: tl.constexpr, SIZE: tl.constexpr,
                   LAYERS: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
     """W and S where a segment begins: those of the call, or the kept ones."""
     if segment == 0:
-        begin_state(states, start_ptr, n, h, H, SIZE, LAYERS, COPIES, COPIES, STATE)
+        begin_state(states, start_ptr, n, h, zero, H, SIZE, LAYERS, COPIES, COPIES, STATE)
     else:
-        copy(states, kept_ptr + ((slots + segment - 1) * H + h) * (LAYERS * COPIES * SIZE), LAYERS * COPIES * SIZE)
+        kept = kept_ptr + ((slots + segment - 1) * H + h) * (LAYERS * COPIES * SIZE)
+        copy(states, kept, zero, LAYERS * COPIES * SIZE)
 
 
-@triton.jit(do_not_specialize=["T", "segment"])
+@triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_states(
     k_ptr, v_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, kept_ptr, state_ptr, states_ptr,
-    small_ptr, wide_ptr, T, segment, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
+    small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
     C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
@@ -172,7 +173,8 @@ def neural_memory_states(
     states = states_ptr + (program * STEPS - segment * STEPS) * (LAYERS * PAIR)
     if first < after:
         begin_segment(
-            states + first * (LAYERS * PAIR), start_ptr, kept_ptr, segment, n, h, slots, H, SIZE, LAYERS, COPIES, STATE
+            states + first * (LAYERS * PAIR), start_ptr, kept_ptr, segment, n, h, slots, zero, H, SIZE, LAYERS, COPIES,
+            STATE,
         )  # fmt: skip
         tl.debug_barrier()
     scale = load_norm(norm_ptr, h, D, NORM)
@@ -191,7 +193,7 @@ def neural_memory_states(
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         normed, rstd, error, delta = inner_pass(
-            k_ptr, v_ptr, tok, valid, anchor, scale, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
+            k_ptr, v_ptr, tok, valid, anchor, scale, zero, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
         )
         at = program * STEPS + j - segment * STEPS
         tl.store(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0], delta.to(DT))
@@ -202,20 +204,20 @@ def neural_memory_states(
             tl.store(rstds + tl.arange(0, C), rstd)
         if (j < after - 1) | (not GRAD):
             update_pass(
-                k_ptr, tok, valid, delta.to(DT), anchor, (old, old + (LAYERS - 1) * PAIR), (new1, new2), gates, D, F, C,
-                BF, DEEP, MOMENTUM, DT, PRECISION,
+                k_ptr, tok, valid, delta.to(DT), anchor, (old, old + (LAYERS - 1) * PAIR), (new1, new2), gates, zero, D,
+                F, C, BF, DEEP, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
     if not GRAD:
         finish(
-            own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length, filled, first, after, slots, H,
-            CHUNK, C, EVERY, SIZE, LAYERS, COPIES, STATE,
+            own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length, filled, first, after, slots, zero,
+            H, CHUNK, C, EVERY, SIZE, LAYERS, COPIES, STATE,
         )  # fmt: skip
 
 
 @triton.jit
 def finish(own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length, filled, first, after, slots,
-           H: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, SIZE: tl.constexpr,
+           zero, H: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, SIZE: tl.constexpr,
            LAYERS: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
     """The anchor after a sequence's last segment; the whole state of a sequence without tokens; and zeros where no
     chunk reached the kept states, since an operator's results must repeat."""
@@ -223,7 +225,7 @@ def finish(own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length
     WHOLE: tl.constexpr = PAIR + SIZE
     empty = (segment == 0) & (length == 0)
     if empty:
-        begin_state(own, start_ptr, n, h, H, SIZE, LAYERS, COPIES, COPIES + 1, STATE)
+        begin_state(own, start_ptr, n, h, zero, H, SIZE, LAYERS, COPIES, COPIES + 1, STATE)
         tl.debug_barrier()
     if empty | ((first < after) & (after * C >= filled)):
         u1, u2 = anchor_of(states, given, filled - 1, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
@@ -231,10 +233,10 @@ def finish(own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length
         if STATE:
             u1 = tl.where(empty, given + PAIR, u1)
             u2 = tl.where(empty, given + (LAYERS - 1) * WHOLE + PAIR, u2)
-        copy(own + PAIR, tl.where(weights, own, u1), SIZE)
+        copy(own + PAIR, tl.where(weights, own, u1), zero, SIZE)
         if LAYERS == 2:
-            copy(own + WHOLE + PAIR, tl.where(weights, own + WHOLE, u2), SIZE)
+            copy(own + WHOLE + PAIR, tl.where(weights, own + WHOLE, u2), zero, SIZE)
     if segment == 0:
         used = slots + tl.maximum(filled - 1, 0) // (CHUNK * EVERY)
         for spare in range(used, (begin + length) // (CHUNK * EVERY) + n + 1):
-            clear(kept_ptr + (spare * H + h) * (LAYERS * PAIR), LAYERS * PAIR)
+            clear(kept_ptr + (spare * H + h) * (LAYERS * PAIR), zero, LAYERS * PAIR)

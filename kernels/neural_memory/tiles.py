@@ -3,6 +3,9 @@
 Everything is in the notation of docs/neural_memory.md. A step is C consecutive slots of one memory's chunk (a whole
 chunk, or a part of one longer than a tile can be); ``tok`` [C] are its tokens' offsets, ``valid`` [C] whether a slot
 holds a token.
+
+``zero`` is a 0 that the compiler does not know, in the number of a loop's rounds: it unrolls loops of known length, and
+then keeps in registers what several rounds will need.
 """
 
 import inspect
@@ -56,47 +59,47 @@ def token_columns(ptr, tok, valid, rows):
 
 
 @triton.jit
-def copy(target, source, COUNT: tl.constexpr):
+def copy(target, source, zero, COUNT: tl.constexpr):
     """COUNT numbers, a multiple of 256."""
     BLOCK: tl.constexpr = 2048 if COUNT % 2048 == 0 else 256
     at = tl.arange(0, BLOCK)
-    for i in range(0, COUNT, BLOCK):
+    for i in range(0, COUNT + zero, BLOCK):
         tl.store(target + i + at, tl.load(source + i + at).to(target.dtype.element_ty))
 
 
 @triton.jit
-def clear(target, COUNT: tl.constexpr):
+def clear(target, zero, COUNT: tl.constexpr):
     """COUNT zeros."""
     BLOCK: tl.constexpr = 2048 if COUNT % 2048 == 0 else 256
     at = tl.arange(0, BLOCK)
-    for i in range(0, COUNT, BLOCK):
+    for i in range(0, COUNT + zero, BLOCK):
         tl.store(target + i + at, tl.zeros([BLOCK], target.dtype.element_ty))
 
 
 @triton.jit
-def fold(target, source, COUNT: tl.constexpr):
+def fold(target, source, zero, COUNT: tl.constexpr):
     """target += source; source = 0."""
     BLOCK: tl.constexpr = 2048 if COUNT % 2048 == 0 else 256
     at = tl.arange(0, BLOCK)
-    for i in range(0, COUNT, BLOCK):
+    for i in range(0, COUNT + zero, BLOCK):
         more = tl.load(source + i + at)
         tl.store(target + i + at, tl.load(target + i + at) + more)
         tl.store(source + i + at, tl.zeros([BLOCK], tl.float32))
 
 
 @triton.jit
-def begin_state(target, start_ptr, n, h, H: tl.constexpr, SIZE: tl.constexpr, LAYERS: tl.constexpr,
+def begin_state(target, start_ptr, n, h, zero, H: tl.constexpr, SIZE: tl.constexpr, LAYERS: tl.constexpr,
                 COPIES: tl.constexpr, PARTS: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
     """W and S of every layer as a call begins: those of its state, or W_0 and zeros. PARTS: tensors per layer in
     ``target``."""
     for layer in tl.static_range(LAYERS):
         if STATE:
             given = start_ptr + (n * H + h).to(tl.int64) * (LAYERS * (COPIES + 1) * SIZE)
-            copy(target + layer * PARTS * SIZE, given + layer * (COPIES + 1) * SIZE, COPIES * SIZE)
+            copy(target + layer * PARTS * SIZE, given + layer * (COPIES + 1) * SIZE, zero, COPIES * SIZE)
         else:
-            copy(target + layer * PARTS * SIZE, start_ptr + (h * LAYERS + layer) * SIZE, SIZE)
+            copy(target + layer * PARTS * SIZE, start_ptr + (h * LAYERS + layer) * SIZE, zero, SIZE)
             if COPIES == 2:
-                clear(target + (layer * PARTS + 1) * SIZE, SIZE)
+                clear(target + (layer * PARTS + 1) * SIZE, zero, SIZE)
 
 
 @triton.jit
@@ -167,10 +170,11 @@ def found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H: tl.constexpr, C: tl.cons
                STATE: tl.constexpr):  # fmt: skip
     """Which memory, and where step j of its sequence lies. A zero that the compiler does not know is in all of it, so
     that each pass computes its own addresses, and none is kept in registers over the others."""
-    number = tl.program_id(0) + tl.load(zero_ptr, volatile=True)
+    zero = tl.load(zero_ptr, volatile=True)
+    number = tl.program_id(0) + zero
     n = number // H
     h = number % H
-    begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
+    begin, length, place = sequence(n, cu_ptr, position_ptr, T + zero, PACKED, STATE)
     return number.to(tl.int64), h, step_slot(j, n, begin, place, C) * H + h, begin, length, place
 
 

@@ -3,10 +3,10 @@
 ``budgets.json`` beside this file holds what each kernel compiled to when its figures were last accepted, by plan,
 kernel, configuration and architecture, for one version of Triton. A compilation that is worse is a problem: it names
 what it was and what it may be. So is one without a budget, a budget that nothing is compiled for, and a kernel of a
-plan that spills on some architecture with every configuration, unless the file's ``spilling`` names it with the spills
-that are accepted. ``--update`` writes down what is compiled, but for ``spilling``, which is edited by hand.
+plan that spills on some architecture with every configuration. ``--update`` writes down what is compiled; ``--once``
+compiles each kernel of an operation with each configuration in one plan alone, and lets budgets speak for the others.
 
-    python -m palimpsest.kernels.profile budgets [--update] [--arch 80 90 100] [--only TEXT] [--jobs 2]
+    python -m palimpsest.kernels.profile budgets [--update | --once] [--arch 80 90 100] [--only TEXT …] [--jobs 2]
 """
 
 import argparse
@@ -23,6 +23,7 @@ FILE = Path(__file__).with_name("budgets.json")
 REGISTERS_MORE = 16  # a small change of a kernel moves its registers by a few
 SHARE_KEPT = 0.75  # of the matrix instructions, and of the mean width of a load
 UNUSABLE = 1 << 30  # spills of what does not run at all
+MISSING = "no budget; --update writes it"
 Place = tuple[str, str, str]  # plan, kernel, architecture
 
 
@@ -59,7 +60,7 @@ def problems(facts: Facts, budget: Budget | None) -> list[str]:
     if facts.error:
         return [f"does not compile: {facts.error.splitlines()[0]}"]
     if budget is None:
-        return ["no budget; --update writes it"]
+        return [MISSING]
     found = []
     for name, may in (("stack", budget.stack), ("spills", budget.spills), ("shared", budget.shared)):
         if getattr(facts, name) > may:
@@ -80,32 +81,24 @@ def problems(facts: Facts, budget: Budget | None) -> list[str]:
 
 @dataclass
 class Budgets:
-    """What ``budgets.json`` holds: the Triton they are for, all budgets, and the least spills of places that have them.
-
-    An empty one when the file does not exist.
-    """
+    """What ``budgets.json`` holds: the Triton they are for, and all budgets. An empty one when there is no file."""
 
     triton: str | None
     budgets: dict[Key, Budget]
-    spilling: dict[Place, int]
 
     @staticmethod
     def read(path: Path) -> "Budgets":
         """Read a file."""
         if not path.exists():
-            return Budgets(None, {}, {})
+            return Budgets(None, {})
         whole = json.loads(path.read_text(encoding="utf-8"))
-        budgets = {tuple(line["of"]): Budget(**line["budget"]) for line in whole["budgets"]}
-        return Budgets(whole["triton"], budgets, {tuple(line["of"]): line["spills"] for line in whole["spilling"]})
+        return Budgets(whole["triton"], {tuple(line["of"]): Budget(**line["budget"]) for line in whole["budgets"]})
 
     def write(self, path: Path) -> None:
         """Write a file, a line per budget, sorted."""
-        known = [{"of": list(key), "budget": vars(self.budgets[key])} for key in sorted(self.budgets)]
-        spill = [{"of": list(place), "spills": self.spilling[place]} for place in sorted(self.spilling)]
-        parts = [f'"triton": {json.dumps(self.triton)}']
-        for name, lines in (("spilling", spill), ("budgets", known)):
-            parts.append(f'"{name}": [{",".join(f"{chr(10)}  {json.dumps(line)}" for line in lines)}]')
-        path.write_text("{" + ",\n ".join(parts) + "}\n", encoding="utf-8")
+        lines = (json.dumps({"of": list(key), "budget": vars(self.budgets[key])}) for key in sorted(self.budgets))
+        known = ",".join(f"\n  {line}" for line in lines)
+        path.write_text(f'{{"triton": {json.dumps(self.triton)},\n "budgets": [{known}]}}\n', encoding="utf-8")
 
 
 def table(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> str:
@@ -121,15 +114,23 @@ def table(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def least_spills(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> dict[Place, int]:
-    """The fewest spills that any configuration of a plan's kernel has on an architecture, where none has none.
+def first_of_each(entries: Sequence[Entry]) -> list[Entry]:
+    """Each kernel of an operation with each configuration and architecture, in the first plan that has it."""
+    found: dict[Key, Entry] = {}
+    for entry in entries:
+        plan, kernel, configuration, arch = entry.key
+        found.setdefault((plan.partition("/")[0], kernel, configuration, arch), entry)
+    return list(found.values())
 
-    A configuration that does not compile or fit is none.
-    """
+
+def least_spills(entries: Sequence[Entry], facts: Mapping[Any, Facts], known: Mapping[Key, Budget]) -> dict[Place, int]:
+    """The fewest spills that any configuration of a plan's kernel has on an architecture, where none has none; of what
+    was not compiled, by its budget. A configuration that does not compile or fit is none."""
     least: dict[Place, int] = {}
     for entry in entries:
-        place, found = (entry.plan, entry.kernel, f"sm_{entry.job.arch}"), facts[entry.job]
-        count = found.spills if not found.error and found.programs else UNUSABLE
+        place = entry.plan, entry.kernel, f"sm_{entry.job.arch}"
+        found: Facts | Budget | None = facts.get(entry.job, known.get(entry.key))
+        count = found.spills if found is not None and found.programs else UNUSABLE
         least[place] = min(count, least.get(place, UNUSABLE))
     return {place: count for place, count in least.items() if count}
 
@@ -137,28 +138,28 @@ def least_spills(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> dict[P
 def complaints(
     entries: Sequence[Entry], facts: Mapping[Any, Facts], known: Budgets, within: Callable[[str, str], bool]
 ) -> list[str]:
-    """All that is wrong, a line each; ``within(plan, architecture)`` says what the entries are all of."""
+    """All that is wrong, a line each; ``within(plan, architecture)`` says what the entries are all of, compiled or
+    not."""
     lines = []
     for entry in entries:
-        worse = problems(facts[entry.job], known.budgets.get(entry.key))
+        budget = known.budgets.get(entry.key)
+        worse = problems(facts[entry.job], budget) if entry.job in facts else [] if budget else [MISSING]
         lines += [f"WORSE {' '.join(entry.key)}: {what}" for what in worse]
     here = {entry.key for entry in entries}
     gone = [key for key in known.budgets if key not in here and within(key[0], key[3])]
     lines += [f"GONE {' '.join(key)}: a budget for what is not compiled; --update removes it" for key in gone]
-    spills = least_spills(entries, facts)
-    accepted = {place: count for place, count in known.spilling.items() if within(place[0], place[2])}
-    for place in sorted({*spills, *accepted}):
-        found, may = spills.get(place, 0), accepted.get(place, 0)
-        if found != may:
-            lines.append(f"SPILLS {' '.join(place)}: {found} with every configuration, accepted are {may}")
+    for place, count in sorted(least_spills(entries, facts, known.budgets).items()):
+        lines.append(f"SPILLS {' '.join(place)}: {count} with every configuration")
     return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--update", action="store_true", help="accept what is compiled now")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--update", action="store_true", help="accept what is compiled now")
+    either.add_argument("--once", action="store_true", help="each kernel and configuration in one plan alone")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHES))
-    parser.add_argument("--only", default="", help="plans whose name holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="plans whose name holds one of these texts")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--modules", nargs="+", default=[], help="modules with PLANS, for a FILE of theirs")
@@ -168,20 +169,21 @@ def main(args: argparse.Namespace) -> int:
     """Compile, print the table and what is wrong; 1 when something is."""
     import triton
 
-    plans = {name: plan for name, plan in discover(args.modules).items() if args.only in name}
+    plans = {name: plan for name, plan in discover(args.modules).items() if any(text in name for text in args.only)}
     entries, refused = collect(plans, args.arch)
-    facts = compile_all([entry.job for entry in entries], args.jobs)
-    print(table(entries, facts))
+    chosen = first_of_each(entries) if args.once else entries
+    facts = compile_all([entry.job for entry in chosen], args.jobs)
+    print(table(chosen, facts))
     known = Budgets.read(args.file)
     arches = [f"sm_{arch}" for arch in args.arch]
 
     def within(plan: str, arch: str) -> bool:
-        return args.only in plan and arch in arches
+        return any(text in plan for text in args.only) and arch in arches
 
     if args.update:
         made = {entry.key: Budget.of(facts[entry.job]) for entry in entries if not facts[entry.job].error}
         kept = {key: budget for key, budget in known.budgets.items() if not within(key[0], key[3])}
-        known = Budgets(triton.__version__, {**kept, **made}, known.spilling)
+        known = Budgets(triton.__version__, {**kept, **made})
         known.write(args.file)
         print(f"{len(made)} budgets written to {args.file}")
     if known.triton not in (None, triton.__version__):
@@ -189,6 +191,6 @@ def main(args: argparse.Namespace) -> int:
     wrong = [*complaints(entries, facts, known, within), *(f"REFUSED {line}" for line in refused)]
     for line in wrong:
         print(line)
-    seconds = sum(facts[job].seconds for job in dict.fromkeys(entry.job for entry in entries))
-    print(f"{len(entries)} compilations of {len(plans)} plans in {seconds:.0f} s, {len(wrong)} problems")
+    seconds = sum(found.seconds for found in facts.values())
+    print(f"{len(chosen)} compilations of {len(plans)} plans in {seconds:.0f} s, {len(wrong)} problems")
     return 1 if wrong or not entries else 0

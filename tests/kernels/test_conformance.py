@@ -71,7 +71,7 @@ def test_gradcheck(case: OperationCase, backend: str, packed: bool, warm: bool) 
 @pytest.mark.parametrize("case, backend", runs())
 def test_future_is_unseen(case: OperationCase, backend: str, dtype: str) -> None:
     length = case.lengths[-1]
-    for t in (1, case.block, length - 1):
+    for t in sorted({1, case.block, length - 1}):
         if dtype == "float32" or backend != "triton":
             harness.check_unseen(case, backend, DTYPES[dtype], length, slice(t, None), slice(0, t))
 

@@ -20,6 +20,7 @@ from triton_checks import check_configurations
 
 from palimpsest.kernels import MemorySpec, neural_memory
 from palimpsest.kernels.launch import planning
+from palimpsest.kernels.neural_memory.forward import step_length
 
 #: network, depth, expansion, norm, residual, bias, retention, rule, chunk_size, read_after_write; packed, warm state.
 ARRAY = [
@@ -42,13 +43,13 @@ LENGTHS = {16: 35, 32: 45, 64: 70, 128: 200}
 CLOSE = 1e-5
 
 
-def case_of(spec: MemorySpec, heads: int = 1) -> OperationCase:
-    """A case for the harness, of width 16."""
+def case_of(spec: MemorySpec, heads: int = 1, width: int = 16) -> OperationCase:
+    """A case for the harness."""
     return OperationCase(
         name="neural_memory",
         operation="neural_memory",
         call=neural_memory,
-        make=partial(make, spec=spec, heads=heads, width=16),
+        make=partial(make, spec=spec, heads=heads, width=width),
         tokens=("q", "k", "v", "step", "log_retain", "log_momentum"),
         state=True,
         packed=True,
@@ -66,6 +67,13 @@ def test_every_pair_of_choices_equals_the_reference(row: tuple[Any, ...]) -> Non
     check_equals_reference(
         case_of(spec, heads), "triton", torch.float32, LENGTHS[spec.chunk_size], packed=packed, warm=warm
     )
+
+
+def test_chunks_of_wide_heads_are_taken_in_steps() -> None:
+    """Of 32 tokens with heads of 128: a chunk of 64 is two of them with one anchor."""
+    spec = MemorySpec(expansion=1, chunk_size=64)
+    assert step_length(spec, 128) == 32
+    check_equals_reference(case_of(spec, width=128), "triton", torch.float32, 70, packed=True, warm=True)
 
 
 @pytest.mark.parametrize("row", [ARRAY[0], ARRAY[2], ARRAY[5], ARRAY[8]], ids=lambda row: "-".join(map(str, row)))

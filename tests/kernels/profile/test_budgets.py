@@ -4,6 +4,7 @@ What the last tests compile is kept where the profiler keeps it, so that a secon
 """
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.kernels.profile.budgets import FILE, Budget, Budgets, complaints, problems
+from palimpsest.kernels.profile.budgets import FILE, Budget, Budgets, complaints, first_of_each, problems
 from palimpsest.kernels.profile.offline import ARCHES, Facts, Job
 from palimpsest.kernels.profile.plans import Entry, discover
 
@@ -22,18 +23,8 @@ GOOD = Facts(
 
 
 OPERATIONS = sorted({name.partition("/")[0] for name in discover()})
-LARGE = ("cross_entropy", "delta_rule", "neural_memory", "window_attention")  # each architecture is a test
-# What the suite has the time for: every kernel and operation, of these in the plans named here. All of them, as long
-# again, are compiled by the command: python -m palimpsest.kernels.profile budgets.
-PLANS = {
-    "chunk_attention": ("two_level_d64",),
-    "cross_entropy": ("d1024_v32k_bf16",),
-    "delta_rule": ("gated_d64", "gated_d128_decode"),
-    "neural_memory": ("mlp_f256_c64", "mlp_f256_decode"),
-    "routing": ("e4",),
-    "short_conv": ("c1024_k4_silu_bf16", "c1024_k4_silu_index3"),
-    "window_attention": ("d64",),
-}
+LARGE = ("cross_entropy", "delta_rule", "neural_memory", "window_attention")  # each is a test
+PARTS = {name: (name,) for name in LARGE} | {"others": tuple(name for name in OPERATIONS if name not in LARGE)}
 
 
 def command(*words: str | Path, cache: Path | None = None) -> subprocess.CompletedProcess:
@@ -78,7 +69,7 @@ def compiled(*spills: int, programs: int = 3) -> tuple[list[Entry], dict[Job, Fa
     jobs = [Job("k", "", "", 90, f"BLOCK={8 << i} warps=4 stages=2", 4, 2, (), (), ()) for i in range(len(spills))]
     entries = [Entry("a/b", "k", i == 0, job) for i, job in enumerate(jobs)]
     facts = {job: replace(GOOD, spill_loads=n, programs=programs) for job, n in zip(jobs, spills, strict=True)}
-    return entries, facts, Budgets("3.7.1", {entry.key: Budget.of(facts[entry.job]) for entry in entries}, {})
+    return entries, facts, Budgets("3.7.1", {entry.key: Budget.of(facts[entry.job]) for entry in entries})
 
 
 def told(entries: list[Entry], facts: dict[Job, Facts], known: Budgets) -> list[str]:
@@ -100,25 +91,34 @@ def test_budgets_and_compilations_are_the_same_ones() -> None:
 def test_every_kernel_has_a_configuration_that_does_not_spill() -> None:
     assert told(*compiled(0, 7)) == told(*compiled(7, 0)) == []
     place = "a/b k sm_90"
-    assert told(*compiled(7, 9)) == [f"SPILLS {place}: 7 with every configuration, accepted are 0"]
+    assert told(*compiled(7, 9)) == [f"SPILLS {place}: 7 with every configuration"]
     assert told(*compiled(0, 0, programs=0))[-1].startswith(f"SPILLS {place}"), "none that fits a multiprocessor"
-    entries, facts, known = compiled(7, 9)
-    assert told(entries, facts, replace(known, spilling={("a/b", "k", "sm_90"): 7})) == []
-    for count in (6, 8):
-        (line,) = told(entries, facts, replace(known, spilling={("a/b", "k", "sm_90"): count}))
-        assert line == f"SPILLS {place}: 7 with every configuration, accepted are {count}"
-    entries, facts, known = compiled(0)
-    (line,) = told(entries, facts, replace(known, spilling={("a/b", "k", "sm_90"): 7}))
-    assert line == f"SPILLS {place}: 0 with every configuration, accepted are 7"
+
+
+def test_what_is_not_compiled_stands_in_the_budgets() -> None:
+    entries, facts, known = compiled(7, 0)
+    facts.pop(entries[1].job)
+    assert told(entries, facts, known) == [], "the second one does not spill"
+    budget = known.budgets.pop(entries[1].key)
+    line = "WORSE a/b k BLOCK=16 warps=4 stages=2 sm_90: no budget; --update writes it"
+    assert told(entries, facts, known) == [line, "SPILLS a/b k sm_90: 7 with every configuration"]
+    known.budgets[entries[1].key] = replace(budget, spills=3)
+    assert told(entries, facts, known) == ["SPILLS a/b k sm_90: 3 with every configuration"]
+
+
+def test_once_is_each_kernel_and_configuration_of_an_operation() -> None:
+    jobs = [replace(job, arch=arch) for job in compiled(0, 0)[1] for arch in (80, 90)]
+    names = [("a/b", "k"), ("a/c", "k"), ("a/c", "k#2"), ("d/b", "k")]
+    entries = [Entry(plan, kernel, True, job) for plan, kernel in names for job in jobs]
+    chosen = first_of_each(entries)
+    assert [entry for entry in entries if entry.plan != "a/c" or entry.kernel != "k"] == chosen
 
 
 def test_a_file_keeps_its_budgets(tmp_path: Path) -> None:
-    budgets = {("a/b", "k", "warps=4 stages=2", f"sm_{arch}"): Budget.of(GOOD) for arch in (90, 80)}
-    for spilling in ({}, {("a/b", "k", "sm_90"): 7}):
-        known = Budgets("3.7.1", budgets, spilling)
-        known.write(tmp_path / "budgets.json")
-        assert Budgets.read(tmp_path / "budgets.json") == known
-    assert Budgets.read(tmp_path / "none.json") == Budgets(None, {}, {})
+    known = Budgets("3.7.1", {("a/b", "k", "warps=4 stages=2", f"sm_{arch}"): Budget.of(GOOD) for arch in (90, 80)})
+    known.write(tmp_path / "budgets.json")
+    assert Budgets.read(tmp_path / "budgets.json") == known
+    assert Budgets.read(tmp_path / "none.json") == Budgets(None, {})
 
 
 def test_the_command_accepts_and_refuses(tmp_path: Path) -> None:
@@ -131,12 +131,12 @@ def test_the_command_accepts_and_refuses(tmp_path: Path) -> None:
     updated = command(*words, "--update", cache=tmp_path)
     assert updated.returncode == 1 and "7 compilations of 4 plans" in updated.stdout, updated.stdout
     assert updated.stdout.count("SPILLS") == 1 and "WORSE" not in updated.stdout
-    known = Budgets.read(path)
-    crowded = known.budgets["sample/crowded", "sample_crowded", "warps=1 stages=2", "sm_90"]
-    known.spilling["sample/crowded", "sample_crowded", "sm_90"] = crowded.spills
-    known.write(path)
+    words = (*words, "--only", "product")
     accepted = command(*words, cache=tmp_path)
-    assert accepted.returncode == 0 and "0 problems" in accepted.stdout, accepted.stdout
+    assert accepted.returncode == 0 and "6 compilations of 3 plans" in accepted.stdout, accepted.stdout
+    once = command(*words, "--once", cache=tmp_path)
+    assert once.returncode == 0 and "2 compilations of 3 plans" in once.stdout, once.stdout
+    known = Budgets.read(path)
     key = ("sample/product_strided", "sample_product", "BLOCK=64 warps=4 stages=3", "sm_90")
     assert known.triton and known.budgets[key].matrix == {"HGMMA": 4}
     known.budgets[key] = replace(known.budgets[key], load_bits=128.0, shared=1024)
@@ -156,15 +156,16 @@ def test_budgets_are_of_operations_that_exist() -> None:
     assert {plan.partition("/")[0] for plan, *_ in known.budgets} == set(OPERATIONS)
 
 
-@pytest.mark.parametrize(
-    "operation, arches",
-    [(name, arches) for name in OPERATIONS for arches in ([(a,) for a in ARCHES] if name in LARGE else [ARCHES])],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
-)
-def test_kernels_are_within_their_budgets(operation: str, arches: tuple[int, ...]) -> None:
-    """Every kernel, with every configuration that it has there."""
-    for plan in PLANS.get(operation, ("",)):
-        done = command("--only", f"{operation}/{plan}", "--arch", *map(str, arches), "--jobs", "1")
-        lines = done.stdout.splitlines()
-        wrong = [line for line in lines if line.startswith(("WORSE", "GONE", "SPILLS", "REFUSED"))]
-        assert done.returncode == 0, "\n".join([*wrong, *lines[-1:], done.stderr])
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("part", PARTS)
+def test_kernels_are_within_their_budgets(part: str, arch: int) -> None:
+    """Every kernel of every operation with every configuration is compiled, in one plan; all plans have budgets."""
+    names = [f"{name}/" for name in PARTS[part]]
+    done = command("--once", "--only", *names, "--arch", arch, "--jobs", 1)
+    lines = done.stdout.splitlines()
+    wrong = [line for line in lines if line.startswith(("WORSE", "GONE", "SPILLS", "REFUSED"))]
+    assert done.returncode == 0, "\n".join([*wrong, *lines[-1:], done.stderr])
+    table = [tuple(re.split(r"\s{2,}", line)[:4]) for line in lines[1:-1]]
+    made = {(plan.partition("/")[0], *rest) for plan, *rest in table}
+    budgets = [key for key in Budgets.read(FILE).budgets if key[0].startswith(tuple(names)) and key[3] == f"sm_{arch}"]
+    assert made == {(plan.partition("/")[0], *rest) for plan, *rest in budgets} and len(made) == len(table)
