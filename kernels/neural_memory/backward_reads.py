@@ -109,10 +109,10 @@ def first_scores(write, small, zero, D: tl.constexpr, F: tl.constexpr, C: tl.con
                  DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the scores of the first layer's reads: the gradient of its Δ to the workspace; of the scores,
     by Λ, in place of these, and returned without."""
-    _, _, _, _, _, scores, scores_ts = small_parts(small, C, D)
+    _, _, _, _, _, scores, as_read = small_parts(small, C, D)
     delta1s, _, _, d_pres, d_delta1s, _ = hidden_parts(small, C, D, F)
     i = tl.arange(0, C)
-    scores_t = tl.load(square(scores_ts, C)[1])  # they lie there as the reads had them
+    scores_t = tl.load(square(as_read, C)[1])
     d_scores = tl.zeros([C, C], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)

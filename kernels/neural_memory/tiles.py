@@ -250,8 +250,8 @@ def deltas_of(small, place, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G
 @triton.jit
 def small_parts(small, C: tl.constexpr, D: tl.constexpr):
     """In DT. [C, D]: Δ, the gradient of the reads and that of the keys' output, of the last layer; [C, C]: what flows
-    from the last layer's reads to its hidden queries, and, transposed, to its hidden keys; the first layer's scores
-    and their transpose. See :func:`hidden_parts` for the rest."""
+    from the last layer's reads to its hidden queries, and, transposed, to its hidden keys; the gradient of the first
+    layer's scores, and the scores as its reads had them. See :func:`hidden_parts` for the rest."""
     squares = small + 3 * C * D
     return (small, small + C * D, small + 2 * C * D, squares, squares + C * C, squares + 2 * C * C, squares + 3 * C * C)
 
