@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import DEVICE, Draw, OperationCase, register_case
+from harness import Draw, OperationCase, register_case
 from torch import Tensor
 
 from palimpsest.kernels import ChunkLayout, chunk_attention, select_chunks
@@ -12,11 +12,11 @@ from palimpsest.kernels.chunk_attention.cost import cost, select_cost
 from palimpsest.kernels.op import Cost
 
 
-def layout_of(length: int, batch: int, chunk_size: int, share: int, cu_seqlens: Tensor | None) -> ChunkLayout:
+def layout_of(q: Tensor, chunk_size: int, share: int, cu_seqlens: Tensor | None) -> ChunkLayout:
     """Chunks of rows or of documents."""
     if cu_seqlens is not None:
-        return ChunkLayout.packed(cu_seqlens, length, chunk_size, share)
-    return ChunkLayout.regular(batch, length, chunk_size, share, DEVICE)
+        return ChunkLayout.packed(cu_seqlens, q.shape[1], chunk_size, share)
+    return ChunkLayout.regular(*q.shape[:2], chunk_size, share, q.device)
 
 
 def summaries(x: Tensor, layout: ChunkLayout) -> Tensor:
@@ -47,7 +47,7 @@ def call(
     read: str, cu_seqlens: Tensor | None = None, backend: str,
 ) -> Tensor:  # fmt: skip
     """Attention over chunks."""
-    layout = layout_of(q.shape[1], q.shape[0], chunk_size, share, cu_seqlens)
+    layout = layout_of(q, chunk_size, share, cu_seqlens)
     summary_k = summaries(summary, layout)
     return chunk_attention(q, k, v, summary_q, summary_k, top_k=top_k, layout=layout, read=read, backend=backend)
 
@@ -57,10 +57,10 @@ def call_select(
     branching: int | None = None, cu_seqlens: Tensor | None = None, backend: str,
 ) -> Tensor:  # fmt: skip
     """Relevance of what is chosen, which alone has gradients, and the choice, counted from a document's first chunk."""
-    layout = layout_of(q.shape[1], q.shape[0], chunk_size, share, cu_seqlens)
+    layout = layout_of(q, chunk_size, share, cu_seqlens)
     summary_k = summaries(summary, layout)
     chosen = select_chunks(summary_q, summary_k, layout, top_k, branching=branching, backend=backend).long()
-    head = torch.arange(summary_q.shape[2], device=DEVICE)[:, None]
+    head = torch.arange(summary_q.shape[2], device=q.device)[:, None]
     read = summary_k.flatten(0, 1)[chosen.clamp(min=0), head]
     score = torch.where(chosen < 0, 0.0, (read * summary_q[..., None, :]).sum(-1))
     first = layout.first.view(*chosen.shape[:2], 1, 1)

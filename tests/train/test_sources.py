@@ -242,7 +242,7 @@ def test_standard_library_reads_declared_encodings_and_names_bad_ones(here, monk
         ({"source": "jsonl", "path": []}, r"data.path was \[\]; with data.source 'jsonl'"),
         ({"source": "stdlib", "path": "x"}, "data.path was 'x'; it must be null with data.source 'stdlib'"),
         ({"source": "hf"}, "data.name was None; with data.source 'hf' it must name a Hugging Face dataset"),
-        ({"source": "csv"}, "data.source was 'csv'; it must be 'stdlib', 'text', 'jsonl', 'parquet' or 'hf'"),
+        ({"source": "csv"}, "data.source was 'csv'; it must be 'stdlib', 'text', 'jsonl', 'parquet', 'hf' or 'task'"),
         ({"surce": "text"}, "data.surce: unknown key 'surce' in data; did you mean 'source'?"),
         ({"validation_fraction": 0.7}, "data.validation_fraction was 0.7; it must be less than or equal to 0.5"),
         ({"documents": "padded"}, "data.documents was 'padded'; it must be 'stream' or 'packed'"),
