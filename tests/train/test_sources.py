@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-
 import datasets
 import pyarrow
 import pyarrow.parquet
