@@ -59,22 +59,21 @@ def chunk_attention(
         two_level:  o = sum_i w_i sum_j softmax_j(scale * q . k_ij) v_ij       w = softmax of the query's own r over S
         union:      o = sum_j softmax_j(scale * q . k_j) v_j       over the tokens of all of S and the local ones
 
-    Two-level is the memory of Lampinen et al. 2021 (Hierarchical Chunk Attention Memory, section 3): its weights w are
+    Two-level is the memory of Lampinen et al. 2021 (Hierarchical Chunk Attention Memory): its weights w are
     differentiable, so that the summaries learn from the loss. Union is the read of MoBA and NSA, in which S has no
     gradient: neither have the summaries. A query with nothing to attend gives 0, and gradients of 0. The backward keeps
     a log-sum-exp per query, head and chosen chunk, the weights and the choice; it adds up gradients of a chunk in the
     order of the queries.
 
     It wins over :func:`palimpsest.kernels.window_attention` without a window from 1024 tokens on, a union from 2048,
-    and its time is linear in the length. Time of one core of a CPU, forward and backward, float32, 4 heads of 64, and 4
-    chunks of 32, which 64 queries choose together:
+    and its time is linear in the length: on a busy core of a CPU, forward and backward, float32, 4 heads of 64, and 4
+    chunks of 32, which 64 queries choose together, it is so many times as fast:
 
-        tokens             512   1024   2048   4096   8192
-        window_attention    15     47    151    538   2085 ms
-        two_level           20     42     63    143    255 ms
-        union               42     67    111    230    485 ms
+        tokens         512   1024   2048   4096   8192
+        two_level      0.8    1.1    2.4    3.8    8.2
+        union          0.4    0.7    1.4    2.3    4.3
 
-    Where each query chooses for itself (share = 1) it takes 1.5 to 2.3 times as long as window_attention up to 2048
+    Where each query chooses for itself (share = 1) it takes 1.4 to 2.3 times as long as window_attention up to 2048
     tokens: what is gathered is used once, and a CPU rather multiplies with a short memory whole. To measure:
 
         python -m palimpsest.kernels.profile bench --device cpu --only chunk_attention window_attention/causal \\
