@@ -75,9 +75,10 @@ def markdown(content: Mapping[str, Any]) -> str:
     where, versions = content["runs"][0]["machine"], content["runs"][0]["versions"]
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
     seconds = sum(row["seconds"] for row in content["runs"])
+    tested = "the test examples" if content["runs"][0]["test"] else "the same held-out text, for there is no other"
     notes = [
         f"Mean ± standard deviation over {seeds}; the setting of each arm was chosen by "
-        f"{ablation['select']}, and is reported on the test examples. FLOPs of a token's forward and backward, without "
+        f"{ablation['select']}, and is reported on {tested}. FLOPs of a token's forward and backward, without "
         "the output head; state bytes of the tensors themselves, of one sequence, after training's length.",
     ]
     if ablation["baseline"]:
@@ -127,7 +128,9 @@ def draw(path: Path, summary: Sequence[Mapping[str, Any]]) -> bool:
     panel.set_xticks(range(len(names)), names)
     panel.grid(axis="y", color=plots.FAINT, linewidth=0.5)
     panel.legend(fontsize=8, frameon=False)
-    plots.plain(panel, "Test, mean ± sd over seeds", "test examples", "share of right answers")
+    text = any(name.startswith("validation") for name in names)
+    labels = ("held-out text", "loss") if text else ("test examples", "share of right answers")
+    plots.plain(panel, "Mean ± sd over seeds", *labels)
     plots.save(drawing, path)
     return True
 

@@ -106,6 +106,8 @@ def prepare(config: DataConfig, *, verify: bool = True) -> Corpus:
         DataError: for a source, text or tokenizer that cannot be used; for a corpus that is found but damaged, or was
             made from another configuration, tokenizer or state of the source files. It names the key or the file.
     """
+    if config.task is not None:
+        raise DataError(f"data.task was {config.task!r}; it must be null where text is wanted: a task has no corpus")
     tokenizer = load_tokenizer(config.tokenizer)
     identity = _identity(config, tokenizer)
     given = None if config.folder is None else Path(config.folder).expanduser()

@@ -164,6 +164,11 @@ def test_settings_are_chosen_on_validation_and_not_on_the_test() -> None:
     )
     # Differences 0.2 and 0.1: t = 3 with one degree of freedom, p = 1 − 2 atan(3) / π.
     assert x["measures"]["a"]["p"] == pytest.approx(0.20483, abs=1e-5) and y["measures"]["a"]["p"] is None
+    about = {"machine": {"cpu": "c", "device": "cpu"}, "versions": {}, "date": "2"}
+    text = [{**x, **about, "test": {}, "validation_loss": 2.0} for x in rows[:2]]
+    content = {"ablation": {"name": "t", "about": "", "select": "validation_loss", "baseline": None}, "runs": text}
+    content["summary"] = ablation_report.summarise(text, "validation_loss", False, None)
+    assert "reported on the same held-out text" in ablation_report.markdown(content)
     assert ablation_report.summarise(rows, "validation_accuracy", False, None)[0]["settings"] == {"lr": 2.0}
     with pytest.raises(ValueError, match="select was 'loss'; the runs have validation_accuracy"):
         ablation_report.summarise(rows, "loss", True, None)

@@ -8,6 +8,7 @@ import torch
 
 from palimpsest.models.config import ConfigError
 from palimpsest.train import read_config, read_metrics, train
+from palimpsest.train.data import DataConfig, prepare
 from palimpsest.train.examples import ExampleSplit, Group, TaskCorpus, accuracy, answered, open_task
 from palimpsest.train.sources import DataError
 
@@ -119,6 +120,11 @@ def test_bad_tasks(name: str, options: dict, words: str) -> None:
 def test_bad_keys(changes: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_config({"name": "x", "model": {"vocab_size": 8, "dim": 8, "layers": 1, "mixer": "attention"}, **changes})
+
+
+def test_a_task_is_no_corpus_of_text() -> None:
+    with pytest.raises(DataError, match="data.task was 'mqar'; it must be null where text is wanted"):
+        prepare(DataConfig(source="task", task="mqar"))
 
 
 def test_examples_that_do_not_fit_are_refused() -> None:
