@@ -65,19 +65,19 @@ def chunk_attention(
     a log-sum-exp per query, head and chosen chunk, the weights and the choice; it adds up gradients of a chunk in the
     order of the queries.
 
-    It wins over :func:`palimpsest.kernels.window_attention` without a window from 1024 tokens on, a union from 2048,
-    and its time is linear in the length: on a busy core of a CPU, forward and backward, float32, 4 heads of 64, and 4
-    chunks of 32, which 64 queries choose together, it is so many times as fast:
+    It wins over :func:`palimpsest.kernels.window_attention` without a window from about 1024 tokens on, a union from
+    2048. On one core of a CPU beside other work, forward and backward, float32, 4 heads of 64, and 4 chunks of 32, which
+    64 queries choose together, it was so many times as fast (one round each):
 
-        tokens         512   1024   2048   4096   8192
-        two_level      0.8    1.1    2.4    3.8    8.2
-        union          0.4    0.7    1.4    2.3    4.3
+        tokens        1024   2048   4096
+        two_level      1.5    1.3    2.3
+        union          0.7    1.5    2.5
 
-    Where each query chooses for itself (share = 1) it takes 1.4 to 2.3 times as long as window_attention up to 2048
-    tokens: what is gathered is used once, and a CPU rather multiplies with a short memory whole. To measure:
+        python -m palimpsest.kernels.profile bench --device cpu --rounds 1 \\
+            --only chunk_attention window_attention/causal --sweep T=1k..4k
 
-        python -m palimpsest.kernels.profile bench --device cpu --only chunk_attention window_attention/causal \\
-            --sweep T=2k..8k
+    Where each query chooses for itself (share = 1) it is slower than window_attention at such lengths: what is gathered
+    is used once.
 
     Args:
         q: [B, T, H, D], float16, bfloat16, float32 or float64.
