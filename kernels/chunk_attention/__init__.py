@@ -66,8 +66,8 @@ def chunk_attention(
     order of the queries.
 
     It wins over :func:`palimpsest.kernels.window_attention` without a window from about 1024 tokens on, a union from
-    2048. On one core of a CPU beside other work, forward and backward, float32, 4 heads of 64, and 4 chunks of 32, which
-    64 queries choose together, it was so many times as fast (one round each):
+    2048. On one core of a CPU beside other work, forward and backward, float32, 4 heads of 64, and 4 chunks of 32,
+    which 64 queries choose together, it was so many times as fast (one round each):
 
         tokens        1024   2048   4096
         two_level      1.5    1.3    2.3
