@@ -32,12 +32,17 @@ class Group:
 
     ``read(start, count)`` gives tokens and labels, int64 [count, length]: a label is what the model has to say at its
     position, -100 where nothing is asked.
+
+    ``judge(logits, where)`` gives scores besides accuracy, one number per label: float [n] by name, of logits [n, V] in
+    float32 and ``where``, int64 [n, 2], the example's number and the position of each, both on the CPU. A score of the
+    group is the mean over all of its labels.
     """
 
     name: str
     length: int
     count: int
     read: Callable[[int, int], tuple[Tensor, Tensor]]
+    judge: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
 
 
 class Task(NamedTuple):
@@ -168,12 +173,42 @@ def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, group: Group, tokens: int = 4096) -> float:
-    """Share of a group's labels that are the model's likeliest next token, read ``tokens`` tokens at a time."""
+def scores(model: torch.nn.Module, group: Group, *, tokens: int = 4096, stream: int | None = None) -> dict[str, float]:
+    """How well a model answers a group: ``accuracy``, the share of labels that are its likeliest next token, and the
+    means of what ``group.judge`` gives.
+
+    ``stream``: read every example so many tokens at a time, with the state carried from piece to piece: for examples
+    longer than memory holds at once, and for models that look up only what an earlier call has stored. At most
+    ``tokens`` tokens go through the model in a call, or one row.
+
+    Raises:
+        ValueError: for ``tokens`` or ``stream`` less than 1, or a group without a label.
+    """
+    for key, value in (("tokens", tokens), ("stream", stream)):
+        if value is not None and value < 1:
+            raise ValueError(f"{key} was {value}; it must be at least 1")
     device = next(model.parameters()).device
-    counts = torch.zeros(2, dtype=torch.int64)
-    size = max(1, tokens // group.length)
+    width = min(stream or group.length, group.length)
+    size = max(1, tokens // width)
+    sums, asked = {"accuracy": 0.0}, 0
     for start in range(0, group.count, size):
         x, labels = group.read(start, min(size, group.count - start))
-        counts += torch.stack(answered(model(x.to(device)).logits, labels.to(device))).cpu()
-    return int(counts[0]) / int(counts[1])
+        state = None
+        for first in range(0, group.length, width):
+            piece, wanted = x[:, first : first + width], labels[:, first : first + width]
+            output = model(piece.to(device), state=state, return_state=first + width < group.length)
+            state, place = output.state, wanted != IGNORE
+            logits = output.logits[place.to(device)].float().cpu()
+            given = {"accuracy": logits.argmax(-1) == wanted[place]} if len(logits) else {}
+            if group.judge is not None and len(logits):
+                given |= group.judge(logits, place.nonzero() + torch.tensor([start, first]))
+            sums |= {name: sums.get(name, 0.0) + float(value.double().sum()) for name, value in given.items()}
+            asked += len(logits)
+    if not asked:
+        raise ValueError(f"group {group.name} of {group.count} examples had no label; it must ask something")
+    return {name: value / asked for name, value in sums.items()}
+
+
+def accuracy(model: torch.nn.Module, group: Group, tokens: int = 4096) -> float:
+    """Share of a group's labels that are the model's likeliest next token, read ``tokens`` tokens at a time."""
+    return scores(model, group, tokens=tokens)["accuracy"]

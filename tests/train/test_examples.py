@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from palimpsest.models import build
 from palimpsest.models.config import ConfigError
 from palimpsest.train import read_config, read_metrics, train
 from palimpsest.train.data import DataConfig, prepare
-from palimpsest.train.examples import ExampleSplit, Group, TaskCorpus, accuracy, answered, open_task
+from palimpsest.train.examples import ExampleSplit, Group, TaskCorpus, accuracy, answered, open_task, scores
 from palimpsest.train.sources import DataError
 
 IGNORE = -100
@@ -85,10 +86,50 @@ def test_answers_are_counted_where_something_is_asked() -> None:
             super().__init__()
             self.unused = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, x: torch.Tensor) -> object:
-            return type("Output", (), {"logits": torch.nn.functional.one_hot(x.clamp(max=5), 128).float()})
+        def forward(self, x: torch.Tensor, state: None, return_state: bool) -> object:
+            assert state is None and not return_state
+            return type("Output", (), {"logits": torch.nn.functional.one_hot(x.clamp(max=5), 128).float(), "state": 0})
 
     assert accuracy(Echo(), GROUPS[0], tokens=12) == 0.6
+
+
+def numbers(start: int, some: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Examples of 13 tokens in which every third position is asked."""
+    tokens = (torch.arange(13) * 5 + torch.arange(start, start + some)[:, None] * 7) % 16
+    labels = torch.where(torch.arange(13) % 3 == 0, (tokens + 1) % 16, IGNORE)
+    return tokens, labels
+
+
+def test_a_group_is_judged_the_same_in_pieces_as_at_once() -> None:
+    memory = {"heads": 2, "expansion": 1, "chunk_size": 4}
+    mixer = {"kind": "titans_mag", "heads": 2, "window": 5, "persistent": 2, "memory": memory}
+    torch.manual_seed(2)
+    model = build({"model": {"vocab_size": 16, "dim": 16, "layers": 1, "mixer": mixer, "init_std": 0.5}})
+    seen = []
+
+    def judge(logits: torch.Tensor, where: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(where)
+        wanted = torch.cat([numbers(int(row), 1)[1][0, at][None] for row, at in where])
+        return {"loss": torch.nn.functional.cross_entropy(logits, wanted, reduction="none")}
+
+    group = Group("numbers", 13, 9, numbers, judge)
+    whole = scores(model, group, tokens=9 * 13)
+    with torch.no_grad():
+        output = model(*numbers(0, 9)[:1], targets=numbers(0, 9)[1])
+    assert whole["loss"] == pytest.approx(float(output.loss), rel=1e-5) and 0 < whole["accuracy"] < 1
+    for stream, tokens in ((4, 4096), (5, 25), (50, 50)):
+        seen.clear()
+        assert scores(model, group, stream=stream, tokens=tokens) == pytest.approx(whole, rel=1e-4), "rounding"
+        assert sorted(map(tuple, torch.cat(seen).tolist())) == [(i, t) for i in range(9) for t in range(0, 13, 3)]
+    assert accuracy(model, group) == whole["accuracy"]
+
+
+def test_scores_refuse_what_they_cannot_read() -> None:
+    model, silent = torch.nn.Linear(1, 1), Group("silent", 4, 0, numbers)
+    with pytest.raises(ValueError, match="stream was 0; it must be at least 1"):
+        scores(model, silent, stream=0)
+    with pytest.raises(ValueError, match="group silent of 0 examples had no label"):
+        scores(model, silent)
 
 
 @pytest.mark.parametrize(
