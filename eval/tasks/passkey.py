@@ -70,22 +70,42 @@ def generate(
     """
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth was {depth}; it must be from 0 (first) to 1 (last)")
-    sentences = [list(encode(sentence)) for sentence in FILLER]
-    adjectives = draws.integers(seed, "passkey adjective", count, 0, len(ADJECTIVES.split()))
-    nouns = draws.integers(seed, "passkey noun", count, 0, len(NOUNS.split()))
-    values = draws.integers(seed, "passkey value", count, 10 ** (DIGITS - 1), 10**DIGITS)
-    opening, examples = list(encode(OPENING)), []
-    for adjective, noun, number in zip(adjectives, nouns, values, strict=True):
-        key, value = f"{ADJECTIVES.split()[adjective]}-{NOUNS.split()[noun]}", str(number)
+    pieces = Pieces(encode)
+    return [pieces.example(key, value, length, depth) for key, value in subjects(seed, count)]
+
+
+def subjects(seed: int, count: int, start: int = 0) -> list[tuple[str, str]]:
+    """Key and value of the examples ``start`` … ``start + count − 1`` of a seed."""
+    adjectives, nouns = ADJECTIVES.split(), NOUNS.split()
+    first = draws.integers(seed, "passkey adjective", count, 0, len(adjectives), start)
+    second = draws.integers(seed, "passkey noun", count, 0, len(nouns), start)
+    values = draws.integers(seed, "passkey value", count, 10 ** (DIGITS - 1), 10**DIGITS, start)
+    return [(f"{adjectives[a]}-{nouns[n]}", str(value)) for a, n, value in zip(first, second, values, strict=True)]
+
+
+class Pieces:
+    """The texts of an example as tokens, encoded one by one."""
+
+    def __init__(self, encode: Callable[[str], Sequence[int]]) -> None:
+        self.encode = encode
+        self.opening = list(encode(OPENING))
+        self.sentences = [list(encode(sentence)) for sentence in FILLER]
+
+    def example(self, key: str, value: str, length: int, depth: float) -> Example:
+        """The question for one number.
+
+        Raises:
+            ValueError: for a length too short to hold it.
+        """
+        encode = self.encode
         needle, question = list(encode(NEEDLE.format(key=key, value=value))), list(encode(QUESTION.format(key=key)))
         answer = list(encode(ANSWER.format(value=value)))
-        room = length - len(opening) - len(needle) - len(question) - len(answer)
+        room = length - len(self.opening) - len(needle) - len(question) - len(answer)
         if room < 0:
             raise ValueError(f"length was {length}; it must be at least {length - room} tokens to hold the question")
-        filler, borders = _filler(sentences, room)
+        filler, borders = _filler(self.sentences, room)
         cut = int(borders[np.abs(borders - depth * room).argmin()])
-        examples.append(Example(opening + filler[:cut] + needle + filler[cut:] + question, answer, value))
-    return examples
+        return Example(self.opening + filler[:cut] + needle + filler[cut:] + question, answer, value)
 
 
 def _filler(sentences: list[list[int]], room: int) -> tuple[list[int], np.ndarray]:
