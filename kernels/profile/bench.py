@@ -24,6 +24,8 @@ from ..launch import interpreted
 from ..op import Cost
 from .draw import BITS, Draw
 from .gpus import Gpu, find_gpu
+from .growth import growth
+from .growth import text as growth_text
 from .measure import interleave, peak_bytes, ratio, write
 from .peers import peers
 from .report import DTYPES, scaled
@@ -315,11 +317,15 @@ def main(args: argparse.Namespace) -> int:
     if late:
         print(f"no time left for {', '.join(late)}")
     rows = [row for _, found in measured for row in found]
-    write(args.json, {"rows": rows})
+    swept = parse_sweep(args.sweep)[0] if args.sweep else {}
+    grown = growth(rows, *swept) if swept else []
+    if grown:
+        print(growth_text(grown))
+    write(args.json, {"rows": rows, "growth": grown})
     if args.plot:
         from .plot import plot
 
-        plot(args.plot, rows, parse_sweep(args.sweep)[0] if args.sweep else {})
+        plot(args.plot, rows, swept)
     wrong = {
         f"{row['workload']} {row['implementation']}"
         for row in rows

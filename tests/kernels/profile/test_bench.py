@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from palimpsest.kernels import delta_rule, linear_attention, window_attention
 from palimpsest.kernels.op import Cost
 from palimpsest.kernels.profile import __main__ as command
-from palimpsest.kernels.profile import bench
+from palimpsest.kernels.profile import bench, growth
 from palimpsest.kernels.profile.draw import Draw
 from palimpsest.kernels.profile.gpus import GPUS
 from palimpsest.kernels.profile.measure import interleave
@@ -166,6 +166,20 @@ def test_figures_by_hand() -> None:
     assert "share_of_floor" not in bench.figures([1.0], Cost(1, 1), 32, None)
 
 
+def test_growth_finds_the_power() -> None:
+    rows = [{**row(3e-3 * (t / 1000) ** 1.5), "sizes": {"T": t, "D": 8}} for t in (1000, 2000, 8000, 16000)] + [
+        {**row(name="peer"), "sizes": {"T": t}} for t in (1000, 2000)
+    ]
+    (found,) = growth.growth(rows, "T")
+    assert found["power"] == pytest.approx(1.5) and found["r2"] == pytest.approx(1.0) and found["to"] == 16000
+    assert "w torch, forward: time ∝ T^1.50 (r² 1.000) from 1000 to 16000" in growth.text([found])
+    # By hand: y = 0, 0, 1 over x = 0, 1, 2 has slope 1/2, and residuals 1/6, -1/3, 1/6 of a whole of 2/3.
+    power, r2 = growth.fit([1, 10, 100], [1.0, 1.0, 10.0])
+    assert power == pytest.approx(1 / 2) and r2 == pytest.approx(1 - (1 / 6) / (2 / 3))
+    with pytest.raises(ValueError, match="three different ones"):
+        growth.fit([1, 1, 2], [1.0, 2.0, 3.0])
+
+
 def test_functions_take_turns() -> None:
     order = []
     seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
@@ -176,14 +190,16 @@ def test_the_command_writes_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "peak_bytes", lambda call, device: 7_000_000)  # the true one slows the process
-    words = ["bench", "--only", "l2_norm", "--device", "cpu", "--rounds", "2", "--sweep", "T=16..32", "--memory"]
+    words = ["bench", "--only", "l2_norm", "--device", "cpu", "--rounds", "2", "--sweep", "T=16..64", "--memory"]
     files = {name: tmp_path / f"b.{name}" for name in ("json", "plot", "trace")}
     files["plot"] = tmp_path / "b.png"
     assert command.main(words + [word for name, path in files.items() for word in (f"--{name}", str(path))]) == 0
     told = capsys.readouterr().out
     assert "× torch" in told and "floor" not in told.split("\n", 1)[1], "no floor, no absolute claim on a CPU"
-    rows = json.loads(files["json"].read_text())["rows"]
-    assert {row["sizes"]["T"] for row in rows} == {16, 32}
+    written = json.loads(files["json"].read_text())
+    rows, grown = written["rows"], written["growth"]
+    assert {row["sizes"]["T"] for row in rows} == {16, 32, 64}
+    assert [(row["from"], row["to"]) for row in grown] == [(16, 64)] * 6 and "time ∝ T^" in told
     assert {row["implementation"] for row in rows} == {"torch", "reference", "torch.nn"}
     assert all(
         row["check"]["right"] and row["seconds"]["median"] > 0 and row["peak_bytes"] == 7_000_000 for row in rows
