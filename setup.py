@@ -29,6 +29,7 @@ DOORS = {
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
     "palimpsest-inspect": "palimpsest.eval.inspect:main",
     "palimpsest-ablate": "palimpsest.eval.ablate:main",
+    "palimpsest-describe": "palimpsest.models.describe:main",
     "palimpsest-profile": "palimpsest.kernels.profile.__main__:main",
 }
 
