@@ -35,6 +35,58 @@ def integers(seed: int, stream: str, count: int, low: int, high: int, start: int
     return (words(seed, stream, count, start) % np.uint64(high - low)).astype(np.int64) + low
 
 
+def distinct(seed: int, stream: str, rows: int, count: int, low: int, high: int, start: int = 0) -> NDArray[np.int64]:
+    """Integers of [low, high), no two in a row alike: [rows, count]. Row r is a function of (seed, start + r).
+
+    Raises:
+        ValueError: for a range with fewer than ``count`` integers.
+    """
+    if high - low < count:
+        raise ValueError(f"count was {count}; it must be at most {high - low}, the integers of [{low}, {high})")
+    kinds = high - low
+    if 2 * count > kinds:  # most of them: the order of random numbers
+        drawn = words(seed, f"{stream} order", rows * kinds, start * kinds).reshape(rows, kinds)
+        return np.argsort(drawn, 1, kind="stable")[:, :count] + low
+    width = min(4 * kinds, count + 64 + count // 2)
+    found = np.empty((rows, count), np.int64)
+    todo, attempt = np.arange(rows), 0
+    while len(todo):
+        drawn = integers(seed, f"{stream} {attempt}", rows * width, low, high, start * width)
+        drawn = drawn.reshape(rows, width)[todo]
+        new = first_of(drawn) == np.arange(width)
+        enough = new.sum(1) >= count
+        place = np.argsort(~new, 1, kind="stable")[:, :count]
+        found[todo[enough]] = np.take_along_axis(drawn, place, 1)[enough]
+        todo, attempt = todo[~enough], attempt + 1
+    return found
+
+
+def arrange(seed: int, stream: str, rows: int, count: int, kinds: int | NDArray, start: int = 0) -> NDArray[np.int64]:
+    """The first ``count`` of a permutation of 0 … kinds − 1 in each row: [rows, count]; for few, as it costs count².
+
+    ``kinds`` may be an array [rows], each at least ``count``. Row r is a function of (seed, start + r).
+    """
+    drawn = words(seed, stream, rows * count, start * count).reshape(rows, count)
+    found = np.empty((rows, count), np.int64)
+    for i in range(count):
+        place = (drawn[:, i] % np.asarray(kinds - i, np.uint64)).astype(np.int64)  # among those that are not taken
+        for taken in np.sort(found[:, :i], 1).T:
+            place += place >= taken
+        found[:, i] = place
+    return found
+
+
+def first_of(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each value stands in its row for the first time: [rows, n] column numbers."""
+    order = np.argsort(values, 1, kind="stable")
+    ordered = np.take_along_axis(values, order, 1)
+    begins = np.zeros_like(order)
+    begins[:, 1:] = np.where(ordered[:, 1:] != ordered[:, :-1], np.arange(1, values.shape[1]), 0)
+    first = np.empty_like(order)
+    np.put_along_axis(first, order, np.take_along_axis(order, np.maximum.accumulate(begins, 1), 1), 1)
+    return first
+
+
 def uniform(seed: int, stream: str, count: int, start: int = 0) -> NDArray[np.float64]:
     """Multiples of 2^-53 in [0, 1): float64 [count]."""
     return (words(seed, stream, count, start) >> np.uint64(11)).astype(np.float64) * 2.0**-53

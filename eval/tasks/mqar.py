@@ -41,25 +41,6 @@ def _rarity(room: int) -> NDArray[np.float64]:
     return np.array([float(Decimal(n) ** POWER) for n in range(1, room + 1)])
 
 
-def _distinct(seed: int, stream: str, rows: int, count: int, low: int, high: int, start: int) -> NDArray[np.int64]:
-    """[rows, count] numbers of [low, high), distinct in a row, uniform; row r is a function of (seed, start + r)."""
-    width = min(4 * (high - low), count + 64 + count // 2)
-    found = np.empty((rows, count), np.int64)
-    todo, attempt = np.arange(rows), 0
-    while len(todo):
-        drawn = draws.integers(seed, f"{stream} {attempt}", rows * width, low, high, start * width)
-        drawn = drawn.reshape(rows, width)[todo]
-        order = np.argsort(drawn, 1, kind="stable")
-        ordered = np.take_along_axis(drawn, order, 1)
-        new = np.ones_like(drawn, bool)
-        np.put_along_axis(new, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], 1)  # the first of its value in the row
-        enough = new.sum(1) >= count
-        place = np.argsort(~new, 1, kind="stable")[:, :count]
-        found[todo[enough]] = np.take_along_axis(drawn, place, 1)[enough]
-        todo, attempt = todo[~enough], attempt + 1
-    return found
-
-
 def generate(
     length: int, pairs: int, count: int, seed: int = 0, *, vocabulary: int = VOCABULARY, start: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +57,7 @@ def generate(
     if half - 1 < pairs or vocabulary % 2:
         raise ValueError(f"vocabulary was {vocabulary}; it must be even, with at least {pairs} keys in [1, V / 2)")
     name = f"mqar {length} {pairs} {vocabulary}"
-    keys = _distinct(seed, f"{name} keys", count, pairs, 1, half, start)
+    keys = draws.distinct(seed, f"{name} keys", count, pairs, 1, half, start)
     values = draws.integers(seed, f"{name} values", count * pairs, half, vocabulary, start * pairs).reshape(
         count, pairs
     )

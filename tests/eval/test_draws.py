@@ -42,6 +42,32 @@ def test_uniform_is_uniform():
     assert np.abs(counts - 5000).max() < 350
 
 
+@pytest.mark.parametrize(("rows", "count", "high"), [(50, 8, 8), (50, 511, 2048), (50, 1, 9), (50, 127, 128)])
+def test_distinct_draws(rows, count, high):
+    found = draws.distinct(3, "d", rows, count, 2, 2 + high)
+    assert found.shape == (rows, count) and found.min() >= 2 and found.max() < 2 + high
+    assert all(len(set(row)) == count for row in found.tolist())
+    assert np.array_equal(found[20:], draws.distinct(3, "d", rows - 20, count, 2, 2 + high, start=20))
+    with pytest.raises(ValueError, match="count was 9; it must be at most 8, the integers of"):
+        draws.distinct(0, "d", 1, 9, 0, 8)
+
+
+def test_every_arrangement_is_as_likely():
+    found = draws.arrange(1, "a", 12_000, 3, np.where(np.arange(12_000) < 6000, 4, 3))
+    for part, kinds, cells in ((found[:6000], 4, 24), (found[6000:], 3, 6)):
+        assert part.max() == kinds - 1 and part.min() == 0
+        seen, counts = np.unique(part @ [16, 4, 1], return_counts=True)
+        assert len(seen) == cells and all(len(set(row)) == 3 for row in part.tolist())
+        wanted = 6000 / cells
+        assert np.abs(counts - wanted).max() < 5 * wanted**0.5, "five standard deviations"
+    assert np.array_equal(found[30:50], draws.arrange(1, "a", 20, 3, 4, start=30))
+
+
+def test_first_places():
+    values = draws.integers(2, "f", 60, 0, 5).reshape(4, 15)
+    assert draws.first_of(values).tolist() == [[row.index(x) for x in row] for row in values.tolist()]
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_out_of_range_is_named(seed):
     with pytest.raises(ValueError, match=f"seed was {seed}"):
