@@ -167,8 +167,8 @@ class MemoryBank:
         kept = state["written"][row] > 0
         if self.config.write == "every" or not bool(kept.any()):
             return True
-        known = state["summary"][row][kept].flatten(1)
-        likeness = F.cosine_similarity(known, summary[row].flatten()[None].to(known.dtype))
+        known = state["summary"][row][kept].detach().flatten(1)
+        likeness = F.cosine_similarity(known, summary[row].detach().flatten()[None].to(known.dtype))
         return 1 - float(likeness.max()) > self.config.threshold
 
     def _slot(self, state: dict[str, Any], row: int, position: Tensor) -> int:

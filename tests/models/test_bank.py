@@ -115,11 +115,14 @@ def test_what_is_given_up() -> None:
     assert contents(bank, put(bank, same, [0], 8)) == [1, 2, 9]
 
 
-def test_only_what_is_new_is_written() -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("learning", [False, True])
+def test_only_what_is_new_is_written(learning: bool) -> None:
     bank = MemoryBank(Bank(capacity=4, write="surprise", threshold=0.1), 1)
     state = bank.init_state(1, (1, 2), torch.device("cpu"), torch.float64)
     for i, key in enumerate([(1.0, 0.0), (3.0, 0.1), (0.0, 1.0), (0.1, 5.0), (-1.0, 0.0)]):
-        state = put(bank, state, [0], i, torch.tensor([[key]], dtype=torch.float64))
+        summary = torch.tensor([[key]], dtype=torch.float64, requires_grad=learning)
+        state = put(bank, state, [0], i, summary)
     assert contents(bank, state)[:3] == [1, 3, 5] and (state["written"] > 0).sum() == 3
 
 
