@@ -1,12 +1,11 @@
 """Opens a trained run, runs tasks on it, and writes eval.json, eval.md and eval.png."""
 
 import contextlib
-import difflib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from ..train.checkpoint import CheckpointError
 from ..train.config import EvalConfig, RunConfig, read_config
 from ..train.data import prepare
 from ..train.tokenizer import Tokenizer, load_tokenizer
-from . import plots, record, report
-from .tasks import TASKS, passkey, perplexity
+from . import choose, plots, record, report
+from .tasks import TASKS, perplexity, retention
 
 logger = logging.getLogger("palimpsest.eval")
 
@@ -29,13 +28,28 @@ SCHEMA = 1
 
 @dataclass
 class Run:
-    """A run folder opened for evaluation: its whole configuration, its trained model in eval mode, its tokenizer."""
+    """A run folder opened for evaluation: its whole configuration, its trained model in eval mode, and ``text``, the
+    tokenizer, None where it was trained on a task, whose ids are no text."""
 
     folder: Path
     config: RunConfig
     model: Any
-    tokenizer: Tokenizer
+    text: Tokenizer | None
     device: torch.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into the model's tokens.
+
+        Raises:
+            ValueError: for a run that was trained on a task.
+        """
+        if self.text is None:
+            raise ValueError(
+                f"{self.folder} was trained on the task {self.config.data.task!r}, whose tokens are no text; where "
+                "they are, name the tokenizer with --tokenizer"
+            )
+        return self.text
 
 
 @dataclass
@@ -71,8 +85,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def open_run(folder: str | Path, device: torch.device) -> Run:
-    """Open a run folder as the training command leaves it.
+def open_run(folder: str | Path, device: torch.device, tokenizer: str | None = None) -> Run:
+    """Open a run folder as the training command leaves it; ``tokenizer`` in the place of its own.
 
     Raises:
         FileNotFoundError: for a missing folder or one that lacks its config or weights, naming what is missing.
@@ -90,21 +104,8 @@ def open_run(folder: str | Path, device: torch.device) -> Run:
             )
     config = read_config(folder / "config.yaml")
     model = load(folder, device).eval().requires_grad_(False)
-    return Run(folder, config, model, load_tokenizer(config.data.tokenizer), device)
-
-
-def check_tasks(names: Sequence[str]) -> list[str]:
-    """The tasks of a comma-separated or repeated option, each once and in order.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest known one.
-    """
-    for name in names:
-        if name not in TASKS:
-            close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"task was {name!r}; it must be one of {', '.join(TASKS)}{hint}")
-    return list(dict.fromkeys(names))
+    chosen = tokenizer or (config.data.tokenizer if config.data.task is None else None)
+    return Run(folder, config, model, None if chosen is None else load_tokenizer(chosen), device)
 
 
 def held_out(run: Run, length: int, budget: int) -> tuple[Tensor, Any]:
@@ -134,7 +135,8 @@ def held_out(run: Run, length: int, budget: int) -> tuple[Tensor, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to evaluate. ``factor``: how many training contexts long; ``tokens``: of held-out text, about."""
+    """What to evaluate. ``factor``: how many training contexts long; ``tokens``: of held-out text, about; ``options``:
+    of tasks by name, what they take instead of what follows from the other fields."""
 
     tasks: tuple[str, ...] = TASKS
     factor: int = 8
@@ -142,6 +144,7 @@ class Plan:
     batch: int = 8
     examples: int = 8
     seed: int = 0
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, section: EvalConfig, **changed: Any) -> "Plan":
@@ -155,26 +158,61 @@ class Plan:
                 raise ValueError(f"{name} was {getattr(self, name)}; it must be at least 1")
 
 
-def evaluate(run: Run, plan: Plan) -> dict[str, Any]:
-    """The record of all tasks of ``plan`` on a run: eval.json's content."""
-    began = time.perf_counter()
+def settings_of(run: Run, plan: Plan, name: str) -> Any:
+    """The ``Settings`` of a text task: what follows from the plan and the training context, and the plan's options."""
     context = run.config.train.seq_len
+    told = {
+        "context": context,
+        "chunk": context,
+        "lengths": tuple(context * 2**i for i in range(plan.factor.bit_length())),
+        "gaps": retention.doubling(context, plan.factor),
+        "passage": min(context, 64),
+        **{key: getattr(plan, key) for key in ("factor", "batch", "examples", "seed")},
+    }
+    return choose.settings(name, told, plan.options.get(name, {}))
+
+
+def text_task(run: Run, plan: Plan, name: str) -> dict[str, Any]:
+    """The result of a task that asks about text.
+
+    Raises:
+        ValueError: for a run that has no tokenizer, or what the task refuses.
+    """
+    asked, have, need = settings_of(run, plan, name), run.model.config.vocab_size, run.tokenizer.vocab_size
+    if have < need:
+        raise ValueError(f"task {name!r} needs a vocabulary of {need}, that of the tokenizer; the model's has {have}")
+    if name in ("perplexity", "retention"):
+        rows, split = held_out(run, asked.length, plan.tokens)
+        if name == "retention":
+            return retention.run(run.model, rows[:, :-1], asked)
+        return perplexity.run(run.model, rows, split.bytes_of, asked)
+    return choose.TEXT[name].run(run.model, run.tokenizer, asked)
+
+
+def evaluate(run: Run, plan: Plan) -> dict[str, Any]:
+    """The record of all tasks of ``plan`` on a run: eval.json's content.
+
+    Raises:
+        ValueError: for a task that the run's model cannot be asked, or options that a task does not take.
+    """
+    began = time.perf_counter()
     results: dict[str, Any] = {}
     for name in plan.tasks:
         since = time.perf_counter()
-        if name == "perplexity":
-            settings = perplexity.Settings(context, plan.factor, plan.batch)
-            rows, split = held_out(run, settings.length, plan.tokens)
-            results[name] = perplexity.run(run.model, rows, split.bytes_of, settings)
+        if name in choose.TEXT:
+            results[name] = text_task(run, plan, name)
         else:
-            lengths = tuple(context * 2**i for i in range(plan.factor.bit_length()))
-            asked = passkey.Settings(lengths, examples=plan.examples, seed=plan.seed, chunk=context)
-            results[name] = passkey.run(run.model, run.tokenizer, asked)
+            data = run.config.data
+            trained_on = data.options if data.task == name else {}
+            results[name] = choose.examples(run.model, name, trained_on, plan.options.get(name, {}))
         logger.info("%s: %.1f s", name, time.perf_counter() - since)
     return {
         "schema": SCHEMA,
         "run": str(run.folder),
-        "model": {"parameters": sum(p.numel() for p in run.model.parameters()), "context": context},
+        "model": {
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+            "context": run.config.train.seq_len,
+        },
         "tasks": results,
         **record.provenance(run.device, time.perf_counter() - began),
     }

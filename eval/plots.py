@@ -2,7 +2,9 @@
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +81,13 @@ def by_position(axes: "Axes", results: Mapping[str, Mapping[str, Any]]) -> None:
     )
 
 
-def heat_map(axes: "Axes", result: Mapping[str, Any], score: str, title: str) -> None:
-    """A passkey score by depth (down) and length (across), every cell with its number."""
+def heat_map(axes: "Axes", result: Mapping[str, Any], score: str, title: str, down: str = "depth") -> None:
+    """A score of cells by ``down`` and length (across), every cell with its number."""
     lengths = sorted({cell["length"] for cell in result["cells"]})
-    depths = sorted({cell["depth"] for cell in result["cells"]})
-    grid = [[0.0] * len(lengths) for _ in depths]
+    places = sorted({cell[down] for cell in result["cells"]})
+    grid = [[0.0] * len(lengths) for _ in places]
     for cell in result["cells"]:
-        grid[depths.index(cell["depth"])][lengths.index(cell["length"])] = cell[score]
+        grid[places.index(cell[down])][lengths.index(cell["length"])] = cell[score]
     axes.imshow(grid, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
     for i, row in enumerate(grid):
         for j, value in enumerate(row):
@@ -93,22 +95,74 @@ def heat_map(axes: "Axes", result: Mapping[str, Any], score: str, title: str) ->
                 j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else INK
             )
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
-    plain(axes, title, "length (tokens)", "depth of the number")
+    names = [f"{100 * place:.0f} %" if down == "depth" else f"{place}" for place in places]
+    axes.set_yticks(range(len(places)), names)
+    plain(axes, title, "length (tokens)", "depth of the needle" if down == "depth" else "facts needed")
+
+
+def retained(axes: "Axes", result: Mapping[str, Any]) -> None:
+    """The loss of a passage read again, less that of the first reading and of one not read before, by gap."""
+    gaps = [item["gap"] for item in result["gaps"]]
+    for colour, key, error, name in (
+        (COLOURS[0], "difference", "stderr", "minus the first reading"),
+        (COLOURS[1], "remembered", "remembered_stderr", "minus the same behind the gap, unread"),
+    ):
+        values = [item[key] for item in result["gaps"]]
+        spread = [item[error] or 0.0 for item in result["gaps"]]
+        places = range(len(gaps))
+        axes.errorbar(places, values, yerr=spread, color=colour, marker="o", markersize=4, capsize=2, label=name)
+    axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(gaps)), [f"{gap:,}" for gap in gaps])
+    axes.grid(axis="y", color=FAINT, linewidth=0.5)
+    axes.legend(fontsize=8, frameon=False)
+    plain(axes, f"Retention of {result['passage']} tokens", "gap (tokens)", "nats per token (lower is better)")
+
+
+def by_group(axes: "Axes", name: str, result: Mapping[str, Any]) -> None:
+    """The accuracy of a task's groups, as bars."""
+    groups = result["groups"]
+    bars = axes.bar(range(len(groups)), [group["accuracy"] for group in groups], color=COLOURS[0])
+    axes.bar_label(bars, [f"{group['accuracy']:.2f}" for group in groups], fontsize=8)
+    axes.set_xticks(range(len(groups)), [group["name"] for group in groups], rotation=30, ha="right")
+    axes.set_ylim(0, 1.08)
+    plain(axes, name, "group", "accuracy")
+
+
+def panels(name: str, run: str, result: Mapping[str, Any]) -> list[Callable[["Axes"], None]]:
+    """What draws a task's result, a panel each."""
+    if name == "perplexity":
+        return [lambda axes: by_position(axes, {run: result})]
+    if name == "passkey":
+        return [
+            lambda axes: heat_map(axes, result, "accuracy", "Passkey: number retrieved (%)"),
+            lambda axes: heat_map(axes, result, "digits", "Passkey: digits right (%, chance 10)"),
+        ]
+    if name == "niah":
+        return [partial(_needle, variant) for variant in result["variants"]]
+    if name == "facts":
+        return [
+            lambda axes: heat_map(axes, result, "accuracy", f"Facts in {result['filler']}: said (%)", "supports"),
+            lambda axes: heat_map(axes, result, "choice", "Facts: likeliest of six (%, chance 17)", "supports"),
+        ]
+    if name == "retention":
+        return [lambda axes: retained(axes, result)]
+    return [lambda axes: by_group(axes, name, result)]
+
+
+def _needle(variant: Mapping[str, Any], axes: "Axes") -> None:
+    heat_map(axes, variant, "accuracy", f"{variant['name']} (%)")
 
 
 def evaluation(path: Path, name: str, tasks: Mapping[str, Any]) -> bool:
-    """Draw what ``tasks`` holds (perplexity, passkey) into one PNG; False when matplotlib is missing."""
+    """Draw what ``tasks`` holds into one PNG, up to three panels a row; False when matplotlib is missing."""
     if not available():
         return False
-    panels = ("perplexity" in tasks) + 2 * ("passkey" in tasks)
-    drawing, axes = figure(1, panels, 5.6 * panels if panels > 1 else 7.0, 4.2)
-    row = list(axes[0])
-    if "perplexity" in tasks:
-        by_position(row.pop(0), {name: tasks["perplexity"]})
-    if "passkey" in tasks:
-        heat_map(row.pop(0), tasks["passkey"], "accuracy", "Passkey: number retrieved (%)")
-        heat_map(row.pop(0), tasks["passkey"], "digits", "Passkey: digits right (%, chance 10)")
+    found = [panel for task, result in tasks.items() for panel in panels(task, name, result)]
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    drawing, axes = figure(rows, columns, 5.6 * columns if columns > 1 else 7.0, 4.2 * rows)
+    for place, panel in zip_longest(axes.flat, found):
+        panel(place) if panel is not None else place.set_axis_off()
     save(drawing, path)
     return True
 

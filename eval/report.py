@@ -61,19 +61,114 @@ def side_by_side(results: Mapping[str, Mapping[str, Any]]) -> str:
     return table(["position", *(f"{name} " for name in results)], rows)
 
 
-def passkey(result: Mapping[str, Any]) -> str:
-    """Retrieved / digits right, in percent, by depth (down) and length (across)."""
+def grid(result: Mapping[str, Any], down: str, scores: Sequence[str], head: str) -> str:
+    """Scores in percent, one behind the other, of cells by ``down`` and by length (across)."""
     lengths = sorted({cell["length"] for cell in result["cells"]})
-    depths = sorted({cell["depth"] for cell in result["cells"]})
-    cells = {(cell["depth"], cell["length"]): cell for cell in result["cells"]}
+    places = sorted({cell[down] for cell in result["cells"]})
+    cells = {(cell[down], cell["length"]): cell for cell in result["cells"]}
     rows = [
         [
-            f"{100 * depth:.0f} %",
-            *(f"{100 * cells[depth, n]['accuracy']:.0f} / {100 * cells[depth, n]['digits']:.0f}" for n in lengths),
+            f"{100 * place:.0f} %" if down == "depth" else f"{place}",
+            *(" / ".join(f"{100 * cells[place, n][score]:.0f}" for score in scores) for n in lengths),
         ]
-        for depth in depths
+        for place in places
     ]
-    return table(["depth", *(f"{length:,}" for length in lengths)], rows)
+    return table([head, *(f"{length:,}" for length in lengths)], rows)
+
+
+def passkey(result: Mapping[str, Any]) -> str:
+    """Retrieved / digits right, in percent, by depth (down) and length (across)."""
+    return grid(result, "depth", ("accuracy", "digits"), "depth")
+
+
+def retention(result: Mapping[str, Any]) -> str:
+    """The loss of a passage read again, by gap."""
+    rows = [
+        [
+            f"{item['gap']:,}",
+            number(item["second"], 4),
+            f"{number(item['difference'], 4)} ± {number(item['stderr'], 4)}",
+            number(item["unread"], 4),
+            f"{number(item['remembered'], 4)} ± {number(item['remembered_stderr'], 4)}",
+        ]
+        for item in result["gaps"]
+    ]
+    return table(["gap", "second reading", "second − first", "unread", "second − unread"], rows)
+
+
+def examples(result: Mapping[str, Any]) -> str:
+    """The scores of a task's groups."""
+    known = ("name", "length", "examples", "state_bytes")
+    scores = [key for key in result["groups"][0] if key not in known]
+    rows = [
+        [
+            group["name"],
+            f"{group['length']:,}",
+            f"{group['examples']:,}",
+            *(number(group[score], 4) for score in scores),
+            f"{group['state_bytes']:,}",
+        ]
+        for group in result["groups"]
+    ]
+    return table(["group", "length", "examples", *scores, "state bytes"], rows)
+
+
+def _perplexity(result: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Held-out loss by position",
+        f"{result['rows']} stretches of {result['length']:,} tokens, read with a carried state in pieces of "
+        f"{result['context']:,}.",
+        perplexity(result),
+    ]
+
+
+def _passkey(result: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Passkey retrieval",
+        f"Number retrieved / digits right, in percent, by depth and length; {result['examples']} examples a cell. "
+        "Chance: 0 / 10.",
+        passkey(result),
+    ]
+
+
+def _niah(result: Mapping[str, Any]) -> list[str]:
+    parts = [
+        "## Needle in a haystack",
+        f"Value retrieved / characters right, in percent, by depth and length; {result['examples']} examples a cell. "
+        "Prompt and needle are worded as RULER's, the filler is not RULER's: published scores do not compare.",
+    ]
+    for variant in result["variants"]:
+        parts += [f"### {variant['name']}", passkey(variant)]
+    return parts
+
+
+def _facts(result: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Facts in filler",
+        f"Right answer said / likeliest of six, in percent, by supporting facts and length; {result['examples']} "
+        f"examples a cell, {result['facts']} facts each, filler: {result['filler']}. Chance of the second: 17. Stories "
+        "are this project's own: official scores of bAbI or BABILong do not compare.",
+        grid(result, "supports", ("accuracy", "choice"), "facts needed"),
+    ]
+
+
+def _retention(result: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Retention",
+        f"Nats per token of a passage of {result['passage']} tokens read again after a gap, over {result['rows']} "
+        f"passages; read first: {result['first']:.4f}. Unread: the same passage behind the same gap, not read before "
+        "it; second − unread is what the first reading is worth.",
+        retention(result),
+    ]
+
+
+TEXTS = {
+    "perplexity": _perplexity,
+    "passkey": _passkey,
+    "niah": _niah,
+    "facts": _facts,
+    "retention": _retention,
+}
 
 
 def evaluation(record: Mapping[str, Any]) -> str:
@@ -83,22 +178,8 @@ def evaluation(record: Mapping[str, Any]) -> str:
         f"# Evaluation of {record['run']}",
         f"{made['parameters']:,} parameters; training context {made['context']:,}.",
     ]
-    if "perplexity" in tasks:
-        result = tasks["perplexity"]
-        parts += [
-            "## Held-out loss by position",
-            f"{result['rows']} stretches of {result['length']:,} tokens, read with a carried state in pieces of "
-            f"{result['context']:,}.",
-            perplexity(result),
-        ]
-    if "passkey" in tasks:
-        result = tasks["passkey"]
-        parts += [
-            "## Passkey retrieval",
-            f"Number retrieved / digits right, in percent, by depth and length; {result['examples']} examples a cell. "
-            "Chance: 0 / 10.",
-            passkey(result),
-        ]
+    for name, result in tasks.items():
+        parts += TEXTS[name](result) if name in TEXTS else [f"## {name}", examples(result)]
     where = record["machine"]
     parts.append(
         f"{record['date']}, {record['seconds']} s on {where['cpu']} ({where['cores']} cores), {where['device']}."

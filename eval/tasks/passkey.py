@@ -15,26 +15,16 @@ Draws come from :mod:`palimpsest.eval.draws`: example ``i`` of a seed has the sa
 depth, and on every machine.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from .. import draws
+from .haystack import SENTENCES, Example, ask, long_enough, own_filler
 
-logger = logging.getLogger("palimpsest.eval")
-
-FILLER = (
-    "The rain came over the hills. ",
-    "A cart went slowly down the lane. ",
-    "Two birds sat on the wall. ",
-    "Somebody lit the lamp again. ",
-    "Then it was quiet for a while. ",
-)
+FILLER = SENTENCES
 ADJECTIVES = """amber bitter brave calm copper distant dusty eager early faint frozen gentle golden hollow humble icy
 ivory jolly keen little mellow narrow olive pale quiet rapid silver tidy upper violet warm young"""
 NOUNS = """anchor basket bridge candle castle dragon drum engine falcon feather garden glacier hammer harbour island
@@ -45,16 +35,6 @@ NEEDLE = "The special number for {key} is: {value}. "
 QUESTION = "\nWhich number was it? The special number for {key} is:"
 ANSWER = " {value}"
 DIGITS = 7
-PATIENCE = 8  # tokens that the model may write beyond the length of the answer before it must have said the value
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question: ``prompt`` and ``answer`` are token ids, ``value`` the digits that the answer must contain."""
-
-    prompt: list[int]
-    answer: list[int]
-    value: str
 
 
 def generate(
@@ -89,7 +69,7 @@ class Pieces:
     def __init__(self, encode: Callable[[str], Sequence[int]]) -> None:
         self.encode = encode
         self.opening = list(encode(OPENING))
-        self.sentences = [list(encode(sentence)) for sentence in FILLER]
+        self.filler = own_filler(encode)
 
     def example(self, key: str, value: str, length: int, depth: float) -> Example:
         """The question for one number.
@@ -103,49 +83,13 @@ class Pieces:
         room = length - len(self.opening) - len(needle) - len(question) - len(answer)
         if room < 0:
             raise ValueError(f"length was {length}; it must be at least {length - room} tokens to hold the question")
-        filler, borders = _filler(self.sentences, room)
-        cut = int(borders[np.abs(borders - depth * room).argmin()])
-        return Example(self.opening + filler[:cut] + needle + filler[cut:] + question, answer, value)
-
-
-def _filler(sentences: list[list[int]], room: int) -> tuple[list[int], np.ndarray]:
-    """The last ``room`` tokens of the sentences repeated for ever, and the places where a sentence begins or ends."""
-    lengths = np.array([len(sentence) for sentence in sentences])
-    rounds = room // int(lengths.sum()) + 1
-    tokens = [token for _ in range(rounds) for sentence in sentences for token in sentence]
-    borders = np.concatenate([[0], np.tile(lengths, rounds).cumsum()]) - (len(tokens) - room)
-    return tokens[len(tokens) - room :], np.unique(np.concatenate([[0], borders[borders >= 0]]))
+        return Example(self.opening + self.filler.around([needle], [depth], room) + question, answer, value)
 
 
 def shortest(encode: Callable[[str], Sequence[int]]) -> int:
     """The least length that holds every question: opening, the longest key's needle and question, and the answer."""
     key, value = f"{max(ADJECTIVES.split(), key=len)}-{max(NOUNS.split(), key=len)}", "9" * DIGITS
     return sum(len(encode(text.format(key=key, value=value))) for text in (OPENING, NEEDLE, QUESTION, ANSWER))
-
-
-def score(continuation: str, value: str) -> tuple[bool, float]:
-    """Whether ``value`` stands in the continuation (RULER's score), and the share of its digits said at their place.
-
-    The second looks at the first word only: ``score(" 4821999.", "4821763") == (False, 4 / 7)``. Chance is 0.1.
-    """
-    said = continuation.lstrip()[:DIGITS]
-    return value in continuation, sum(a == b for a, b in zip(said, value, strict=False)) / DIGITS
-
-
-@torch.no_grad()
-def continuations(model: torch.nn.Module, prompts: Tensor, count: int, chunk: int) -> Tensor:
-    """Greedy continuations [N, count] of ``prompts`` int64 [N, T], read in pieces of ``chunk`` with a carried state."""
-    state = None
-    for piece in prompts.split(chunk, dim=1):
-        out = model(piece, state=state)
-        state = out.state
-    said = []
-    for _ in range(count):
-        said.append(out.logits[:, -1].argmax(-1, keepdim=True))
-        if len(said) < count:
-            out = model(said[-1], state=state)
-            state = out.state
-    return torch.cat(said, dim=1)
 
 
 @dataclass(frozen=True)
@@ -165,21 +109,13 @@ def run(model: torch.nn.Module, tokenizer: Any, settings: Settings) -> dict[str,
     Raises:
         ValueError: when not one length can hold the question.
     """
-    least = shortest(tokenizer.encode)
-    lengths = [length for length in settings.lengths if length >= least]
-    left_out = [length for length in settings.lengths if length < least]
-    if not lengths:
-        raise ValueError(f"passkey lengths were {settings.lengths}; at least one must hold {least} tokens")
-    if left_out:
-        logger.info("passkey: lengths %s are left out, the question alone takes %d tokens", left_out, least)
-    device = next(model.parameters()).device
+    encode = tokenizer.encode
+    lengths, left_out = long_enough("passkey", settings.lengths, shortest(encode))
     cells = []
     for length in lengths:
         for depth in settings.depths:
-            examples = generate(
-                tokenizer.encode, length=length, depth=depth, count=settings.examples, seed=settings.seed
-            )
-            hits, digits = _cell(model, tokenizer, examples, settings.chunk, device)
+            examples = generate(encode, length=length, depth=depth, count=settings.examples, seed=settings.seed)
+            hits, digits = ask(model, tokenizer, examples, settings.chunk)
             cells.append({"length": length, "depth": depth, "accuracy": hits, "digits": digits})
     return {
         "cells": cells,
@@ -189,17 +125,3 @@ def run(model: torch.nn.Module, tokenizer: Any, settings: Settings) -> dict[str,
         "accuracy": sum(cell["accuracy"] for cell in cells) / len(cells),
         "digits": sum(cell["digits"] for cell in cells) / len(cells),
     }
-
-
-def _cell(
-    model: torch.nn.Module, tokenizer: Any, examples: list[Example], chunk: int, device: torch.device
-) -> tuple[float, float]:
-    """Mean scores of one cell. Prompts differ in length when their answers do: equal ones are asked together."""
-    scores = []
-    for size in sorted({len(example.prompt) for example in examples}):
-        group = [example for example in examples if len(example.prompt) == size]
-        prompts = torch.tensor([example.prompt for example in group], dtype=torch.int64, device=device)
-        count = max(len(example.answer) for example in group) + PATIENCE
-        for example, said in zip(group, continuations(model, prompts, count, chunk).tolist(), strict=True):
-            scores.append(score(tokenizer.decode(said), example.value))
-    return sum(hit for hit, _ in scores) / len(scores), sum(share for _, share in scores) / len(scores)

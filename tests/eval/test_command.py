@@ -8,18 +8,22 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from palimpsest.eval import __main__ as command
-from palimpsest.eval import harness, plots, report
+from palimpsest.eval import choose, harness, plots, report
+from palimpsest.eval.tasks import mqar
 from palimpsest.kernels import backend
+from palimpsest.train.examples import scores
 
 SMALL = ("--factor", "8", "--tokens", "2048", "--examples", "1", "--batch", "2", "--device", "cpu")
+ONE_DEPTH = ("--set", "passkey.depths=[0.5]")
 
 
 @pytest.fixture(scope="module")
 def results(run_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    assert command.main([str(run_folder), *SMALL, "--out", str(out)]) == 0
+    assert command.main([str(run_folder), *SMALL, *ONE_DEPTH, "--out", str(out)]) == 0
     return out
 
 
@@ -41,7 +45,7 @@ def test_it_writes_a_record_a_table_and_a_figure(results, run):
 
 
 def test_two_runs_give_the_same_numbers(results, run_folder, tmp_path):
-    assert command.main([str(run_folder), *SMALL, "--out", str(tmp_path)]) == 0
+    assert command.main([str(run_folder), *SMALL, *ONE_DEPTH, "--out", str(tmp_path)]) == 0
     first, second = (json.loads((out / "eval.json").read_text())["tasks"] for out in (results, tmp_path))
     assert first == second
 
@@ -91,7 +95,14 @@ def test_bad_input_is_named(run_folder, make_run, tmp_path, capsys):
             run_folder,
             "--tasks",
             "perplexty",
-        ): "task was 'perplexty'; it must be one of perplexity, passkey; did you mean 'perplexity'?",
+        ): "did you mean 'perplexity'?",
+        (run_folder, "--tasks", "mqra"): "did you mean 'mqar'?",
+        (run_folder, "--tasks", "mqar"): "task 'mqar' needs a vocabulary of 8192; the model's has 256",
+        (run_folder, "--tasks", "niah", "--set", "niah.filer=x"): "niah.filer is not known; niah takes lengths, depths",
+        (run_folder, "--tasks", "passkey", "--set", "passkey.examples=many"): "option passkey.examples was 'many'",
+        (run_folder, "--tasks", "mqar", "--set", "mqar.vocab=16"): "data.options had the key 'vocab'; mqar takes train",
+        (run_folder, "--tasks", "niah", "--set", "mqar.seed=1"): "it must be TASK.OPTION=VALUE of a task that is run",
+        (run_folder, "--tokenizer", "gone.json"): "gone.json",
         (run_folder, "--tasks", ""): "task was ''",
         (run_folder, "--factor", "0"): "factor was 0; it must be at least 1",
         (run_folder, "--tokens", "-3"): "tokens was -3",
@@ -145,4 +156,53 @@ def test_running_mean_looks_back_only():
 def test_the_run_folder_needs_no_corpus_for_passkeys(make_run, tmp_path):
     folder = make_run(tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved-text")
-    assert command.main([str(folder), *SMALL, "--tasks", "passkey"]) == 0
+    assert command.main([str(folder), *SMALL, *ONE_DEPTH, "--tasks", "passkey"]) == 0
+
+
+ALL = "niah,facts,retention"
+GIVEN = ("niah.lengths=[512]", "facts.lengths=[512]", "facts.supports=[2]", "niah.depths=[1.0]")
+
+
+def test_text_tasks_are_chosen_by_name_with_their_options(run_folder, tmp_path, capsys):
+    given = [argument for item in (*GIVEN, "retention.gaps=[0, 32]") for argument in ("--set", item)]
+    assert command.main([str(run_folder), *SMALL, "--tasks", ALL, *given, "--out", str(tmp_path)]) == 0
+    tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]
+    assert list(tasks) == ALL.split(",") and [item["gap"] for item in tasks["retention"]["gaps"]] == [0, 32]
+    assert [(cell["length"], cell["supports"]) for cell in tasks["facts"]["cells"]] == [(512, 2)]
+    assert [cell["depth"] for cell in tasks["niah"]["variants"][0]["cells"]] == [1.0]
+    assert (tmp_path / "eval.png").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    for words in (
+        "### S-NIAH-1, filler: own sentences",
+        "official scores of bAbI or BABILong do not compare",
+        "unread",
+    ):
+        assert words in said
+
+
+def test_a_run_trained_on_a_task_is_asked_its_own(make_run, tmp_path, capsys):
+    options = {name: [[16, 2, 5]] for name in ("train", "validation")} | {"test": [[16, 2, 7], [24, 4, 3]]}
+    folder, out = make_run(tmp_path / "pairs", documents=1), tmp_path / "out"
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    task = {"source": "task", "path": None, "task": "mqar", "options": options | {"vocabulary": 64}}
+    path.write_text(yaml.safe_dump(config | {"data": config["data"] | task}))
+    assert command.main([str(folder), "--out", str(out), "--set", "mqar.seed=5", "--set", "mqar.stream=8"]) == 0
+    result = json.loads((out / "eval.json").read_text())["tasks"]["mqar"]
+    assert result["options"] == options | {"vocabulary": 64, "seed": 5} and result["stream"] == 8
+    opened, group = harness.open_run(folder, torch.device("cpu")), mqar.task(**result["options"]).test[1]
+    entry = result["groups"][1]
+    assert (entry["name"], entry["length"], entry["examples"]) == ("24x4", 24, 3)
+    assert entry["accuracy"] == scores(opened.model, group)["accuracy"]
+    assert entry["state_bytes"] == opened.model(group.read(0, 1)[0]).state.bytes
+    assert "state bytes" in capsys.readouterr().out and (out / "eval.png").exists()
+    assert command.main([str(folder), "--tasks", "passkey"]) == 2
+    assert "was trained on the task 'mqar', whose tokens are no text" in capsys.readouterr().err
+    short = ("--set", "passkey.lengths=[320]", "--set", "passkey.depths=[0]", "--examples", "1", "--out", str(out))
+    assert command.main([str(folder), "--tasks", "passkey", "--tokenizer", "bytes", *short]) == 0
+
+
+def test_every_task_has_a_name_and_a_report():
+    assert set(report.TEXTS) == set(choose.TEXT) and {"mqar", "ballet", "needle"} <= set(choose.names())
+    assert "haystack" not in choose.names()
+    assert choose.check_tasks(["my.module", "passkey", "passkey"]) == ["my.module", "passkey"]

@@ -59,13 +59,6 @@ def test_a_tokenizer_of_words_also_fills_the_length():
         assert len(example.prompt) + len(example.answer) == 120
 
 
-def test_score_counts_the_value_anywhere_and_digits_at_their_place():
-    assert passkey.score(" 4821763", "4821763") == (True, 1.0)
-    assert passkey.score(" it is 4821763.", "4821763") == (True, 0.0)
-    assert passkey.score(" 4821999.", "4821763") == (False, 4 / 7)
-    assert passkey.score("", "4821763") == (False, 0.0)
-
-
 class Oracle(torch.nn.Module):
     """A model with a perfect memory: its state is the text itself, and it says what stands after the needle."""
 
