@@ -8,25 +8,29 @@ A file (``configs/ablations/``) says what is compared::
     arms:                          # what is compared: further keys for each
       mixture: {model.mixer.memories: 4}
       one memory: {model.mixer.memories: 1, model.mixer.top_k: 1}
+      attention: {base: tiny/transformer}       # an arm may have a base of its own
+    match: {by: parameters, to: mixture}        # widths are solved for, so that sizes agree: see palimpsest.eval.match
     grid: {train.lr: [1.0e-3, 3.0e-3]}
     seeds: [0, 1, 2]
     select: validation_accuracy    # the grid's best setting of an arm has the best mean of this, over the seeds
     baseline: one memory           # with which the others are compared, paired by seed
+    stream: null                   # a number: the test is read so many tokens at a time, with a carried state
+    axes: null                     # what the numbers in the names of test groups are, like [dancers, pause]
 
 Every run has a folder named by its config's hash, under ``runs/ablations/<name>``: the same command again goes on where
 it was stopped, and skips what is done. A run that fails is started once more, and then named. Settings are chosen on
-validation; what is reported is the test. Results: ``results.json``, ``runs.csv``, ``table.md`` and ``figure.png``.
+validation; what is reported is the test. Results: ``results.json``, ``runs.csv``, ``table.md``, figures, and
+``report.html``, which holds it all.
 """
 
 import argparse
 import hashlib
 import itertools
 import json
-import logging
+import os
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +39,15 @@ import torch
 from pydantic import Field
 
 from ..configs import find_config
-from ..models import load
 from ..models.config import ConfigError, Strict, apply_overrides, load_yaml, parse_override, validate
-from ..train import RunConfig, read_config, read_metrics, train
-from ..train.examples import accuracy, open_task
-from . import ablation_report, record
-from .harness import pick_device, reported
-from .sweep import Job, sweep
-
-logger = logging.getLogger("palimpsest.eval")
+from ..models.strict import Count
+from ..train.config import RunConfig, read_config
+from . import record
+from .match import Match, Matched, size, solve
+from .sweep import Job, end_with_parent, sweep
 
 LARGEST = ("validation_accuracy",)  # all other measures are the better the smaller
+OWN = ("base", "match")  # keys of an arm that are none of a run's configuration
 
 
 class Ablation(Strict):
@@ -56,10 +58,23 @@ class Ablation(Strict):
     base: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     arms: dict[str, dict[str, Any]]
+    match: Match | None = None
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2])
     select: str = "validation_loss"
     baseline: str | None = None
+    stream: Count | None = None
+    axes: tuple[str, str] | None = None
+
+    def match_of(self, arm: str) -> Match | None:
+        """What is made equal of an arm: its own keys over those for all arms; None: nothing, as for the arm that the
+        others are matched to."""
+        own = self.arms[arm].get("match", {})
+        shared = {} if self.match is None else self.match.model_dump(exclude_unset=True)
+        if own is None or not {**shared, **own}:
+            return None
+        found = validate(Match, {**shared, **own}, "match")
+        return None if found.to == arm else found
 
 
 @dataclass(frozen=True)
@@ -70,18 +85,24 @@ class Planned:
     settings: dict[str, Any]
     seed: int
     config: RunConfig
+    match: Matched | None = None
 
     @property
     def folder(self) -> Path:
         """Where it trains, named by what it trains."""
         return self.config.folder
 
+    @property
+    def label(self) -> str:
+        """Its name for a person."""
+        return ", ".join([self.arm, *(f"{key} {value}" for key, value in self.settings.items()), f"seed {self.seed}"])
+
 
 def read_ablation(source: str | Path, overrides: dict[str, Any] | None = None) -> Ablation:
     """The ablation in a YAML file, with some of its keys changed.
 
     Raises:
-        ConfigError: for a faulty key, or a baseline that is no arm.
+        ConfigError: for a faulty key, a baseline that is no arm, or an arm that is matched to none.
     """
     content = apply_overrides(load_yaml(find_config(source)), overrides or {})
     content.setdefault("name", Path(source).stem)
@@ -91,120 +112,170 @@ def read_ablation(source: str | Path, overrides: dict[str, Any] | None = None) -
     for key in ("arms", "seeds"):
         if not getattr(found, key):
             raise ConfigError(f"{key} was empty; an ablation needs at least one")
+    for arm, given in found.arms.items():
+        if not isinstance(given.get("match", {}), Mapping | None):
+            raise ConfigError(f"arm {arm!r}: match was {given['match']!r}; it must be a section, or null")
+        ask = found.match_of(arm)
+        if ask is not None and isinstance(ask.to, str):
+            if ask.to not in found.arms:
+                raise ConfigError(f"arm {arm!r}: match.to was {ask.to!r}; it must be a number or one of the arms")
+            if found.match_of(ask.to) is not None:
+                raise ConfigError(f"arm {arm!r}: match.to was {ask.to!r}, which is matched itself; it must not be")
     return found
+
+
+def _content(ablation: Ablation, arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's config of an arm under some settings, without a seed, before its width is solved for."""
+    changes = ablation.arms[arm]
+    base = changes.get("base", ablation.base)
+    own = {key: value for key, value in changes.items() if key not in OWN}
+    content = {} if base is None else load_yaml(find_config(base))
+    return {**apply_overrides(content, {**ablation.set, **own, **settings}), "name": ablation.name}
+
+
+def _matched(ablation: Ablation, arm: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Matched | None]:
+    """The config of an arm, its width solved for when it is to be."""
+    content, ask = _content(ablation, arm, settings), ablation.match_of(arm)
+    if ask is None:
+        return content, None
+    for part in (arm, ask.to) if isinstance(ask.to, str) else (arm,):
+        read_config({**_content(ablation, part, settings), "seed": 0})  # a fault is named before anything is counted
+    target = size(_content(ablation, ask.to, settings), ask.by) if isinstance(ask.to, str) else ask.to
+    return solve(content, ask, target)
 
 
 def plan(ablation: Ablation, out: Path) -> list[Planned]:
     """All runs, in the order of arms, settings, seeds.
 
     Raises:
-        ConfigError: for a config that is not valid; names the arm.
+        ConfigError: for a config that is not valid, or a size that cannot be matched; names the arm.
     """
-    base = {} if ablation.base is None else load_yaml(find_config(ablation.base))
     runs = []
-    for arm, changes in ablation.arms.items():
+    for arm in ablation.arms:
         for values in itertools.product(*ablation.grid.values()):
             settings = dict(zip(ablation.grid, values, strict=True))
-            for seed in ablation.seeds:
-                try:
-                    content = apply_overrides(base, {**ablation.set, **changes, **settings, "seed": seed})
-                    content["name"] = ablation.name
-                    config = read_config(content)
-                except ConfigError as error:
-                    raise ConfigError(f"arm {arm!r}: {error}") from None
-                mark = hashlib.sha256(json.dumps(config.plain(), sort_keys=True).encode()).hexdigest()[:12]
-                config = read_config(apply_overrides(config.plain(), {"train.out": str(out / mark)}))
-                runs.append(Planned(arm, settings, seed, config))
+            try:
+                content, found = _matched(ablation, arm, settings)
+                for seed in ablation.seeds:
+                    config = read_config({**content, "seed": seed})
+                    mark = hashlib.sha256(json.dumps(config.plain(), sort_keys=True).encode()).hexdigest()[:12]
+                    config = read_config(apply_overrides(config.plain(), {"train.out": str(out / mark)}))
+                    runs.append(Planned(arm, settings, seed, config, found))
+            except ConfigError as error:
+                raise ConfigError(f"arm {arm!r}: {error}") from None
     return runs
 
 
-def measure(config: RunConfig) -> dict[str, Any]:
-    """Train a run, or go on with it, and measure it: the content of its ``result.json``."""
-    began = time.perf_counter()
-    summary = train(config)
-    if summary.status != "complete":
-        raise KeyboardInterrupt
-    model = load(config.folder, pick_device(config.train.device)).eval().requires_grad_(False)
-    last: dict[str, Any] = {}
-    for line in read_metrics(config.folder):
-        last |= {key: value for key, value in line.items() if key.startswith("validation")}
-    tests: dict[str, float] = {}
-    if config.data.task is not None:
-        task = open_task(config.data.task, config.data.options)
-        tests = {group.name: accuracy(model, group) for group in task.test}
-    device = next(model.parameters()).device
-    tokens = torch.zeros(1, config.train.seq_len, dtype=torch.int64, device=device)
-    head = 6 * config.model.dim * config.model.vocab_size
-    about = record.provenance(device, time.perf_counter() - began)
-    del about["command"]  # of one process of the pool
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_token": model.flops_per_token(config.train.seq_len) - head,
-        "state_bytes": model(tokens).state.bytes,
-        "loss": summary.loss,
-        **last,
-        "test": tests,
-        **about,
-    }
+def matches(runs: Sequence[Planned]) -> list[str]:
+    """The match that was reached, a line for every arm and width."""
+    lines = [f"match: {run.arm}: {run.match}" for run in runs if run.match is not None]
+    return list(dict.fromkeys(lines))
 
 
-def one(path: Path) -> None:
-    """A run of a sweep, in a process of its own: from ``<folder>.yaml`` to ``<folder>/result.json``."""
-    config = read_config(path)
-    record.write_json(config.folder / "result.json", measure(config))
-
-
-def results(runs: Sequence[Planned]) -> Iterator[dict[str, Any]]:
+def results(runs: Sequence[Planned], stream: int | None = None) -> Iterator[dict[str, Any]]:
     """A row for every run that is done."""
     for run in runs:
-        path = run.folder / "result.json"
+        path = record.result_of(run.folder, stream)
         if path.exists():
             done = json.loads(path.read_text(encoding="utf-8"))
-            yield {"arm": run.arm, "settings": run.settings, "seed": run.seed, "folder": run.folder.name, **done}
+            matched = {} if run.match is None else {"match": run.match.plain()}
+            about = {"arm": run.arm, "settings": run.settings, "seed": run.seed, "folder": run.folder.name}
+            yield {**about, **matched, **done}
 
 
-def job(run: Planned) -> Job:
+def job(run: Planned, stream: int | None) -> Job:
     """What :func:`~.sweep.sweep` starts for a run."""
     path = run.folder.with_suffix(".yaml")
     record.write_text(path, run.config.to_yaml())
-    label = ", ".join([run.arm, *(f"{key} {value}" for key, value in run.settings.items()), f"seed {run.seed}"])
-    command = [sys.executable, "-m", "palimpsest.eval.ablate", "--one", str(path)]
-    return Job(label, command, run.folder / "result.json", run.folder.with_suffix(".log"))
+    command = [sys.executable, "-m", "palimpsest.eval.ablate", "--one", str(path), "--with-parent"]
+    command += [] if stream is None else ["--stream", str(stream)]
+    log, metrics = run.folder.with_suffix(".log"), run.folder / "metrics.jsonl"
+    return Job(run.label, command, record.result_of(run.folder, stream), log, metrics, run.config.train.steps)
+
+
+def gpus(runs: Sequence[Planned]) -> list[str]:
+    """The GPUs that runs can be spread over, as CUDA_VISIBLE_DEVICES names them; none when every run asks for the
+    CPU."""
+    if all(run.config.train.device == "cpu" for run in runs):
+        return []
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    number = torch.cuda.device_count()
+    return visible[:number] or [str(i) for i in range(number)]
+
+
+def report(ablation: Ablation, runs: Sequence[Planned], out: Path, command: Sequence[str]) -> str | None:
+    """Write what is done so far; its table, None when nothing is."""
+    from . import ablation_report  # with what only figures need: a run's process would load it in vain
+
+    rows = list(results(runs, ablation.stream))
+    if not rows:
+        return None
+    summary = ablation_report.summarise(rows, ablation.select, ablation.select in LARGEST, ablation.baseline)
+    content = {"ablation": ablation.model_dump(mode="json"), "summary": summary, "runs": rows}
+    content["command"] = shlex.join(["python", "-m", "palimpsest.eval.ablate", *command])
+    return ablation_report.write(out, content, {run.folder.name: run.config for run in runs})
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser("palimpsest-ablate", description="Compare arms × settings × seeds.")
+    made.add_argument("file", nargs="?", help="a YAML file, or a name inside configs, like ablations/mom_mqar")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="like seeds=[0] set.train.steps=100")
+    made.add_argument("--out", type=Path, help="default: runs/ablations/<name>")
+    made.add_argument("--jobs", type=int, help="runs at a time (default: the GPUs, or without any the cores)")
+    made.add_argument("--report", action="store_true", help="train nothing: report what is done")
+    made.add_argument("--plan", action="store_true", help="train nothing: say what there is to do, and every match")
+    made.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    made.add_argument("--stream", type=int, help=argparse.SUPPRESS)
+    made.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def _compare(args: argparse.Namespace, command: Sequence[str]) -> int:
+    if args.file is None or (args.jobs is not None and args.jobs < 1):
+        raise ValueError(f"file was {args.file} and --jobs {args.jobs}; a file and at least one job are needed")
+    ablation = read_ablation(args.file, dict(parse_override(text) for text in args.overrides))
+    out = args.out or Path("runs", "ablations", ablation.name)
+    runs = plan(ablation, out)
+    print("".join(f"{line}\n" for line in matches(runs)), end="", flush=True)
+    if args.plan:
+        missing = [run for run in runs if not record.result_of(run.folder, ablation.stream).exists()]
+        print("".join(f"{run.folder}: {run.label}\n" for run in missing) + f"{len(missing)} of {len(runs)} runs to do")
+        return 0
+    failed: list[str] = []
+    if not args.report:
+        devices = gpus(runs)
+        at_once = args.jobs or len(devices) or record.cores()
+        try:
+            failed = sweep([job(run, ablation.stream) for run in runs], at_once, devices=devices)
+        except KeyboardInterrupt:
+            return 130
+    table = report(ablation, runs, out, command)
+    if table is not None:
+        print(table)
+    for label in failed:
+        print(f"failed: {label}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not done yet, then write and print the results; 0 when all is done, 1 when a run failed."""
-    parser = argparse.ArgumentParser("palimpsest-ablate", description="Compare arms × settings × seeds.")
-    parser.add_argument("file", nargs="?", help="a YAML file, or a name inside configs, like ablations/mom_mqar")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="like seeds=[0] set.train.steps=100")
-    parser.add_argument("--out", type=Path, help="default: runs/ablations/<name>")
-    parser.add_argument("--jobs", type=int, default=record.cores(), help="runs at a time (default: the cores)")
-    parser.add_argument("--report", action="store_true", help="train nothing: report what is done")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    with reported() as outcome:
-        if args.one is not None:
-            one(args.one)
-            return outcome.code
-        if args.file is None or args.jobs < 1:
-            raise ValueError(f"file was {args.file} and --jobs {args.jobs}; a file and at least one job are needed")
-        ablation = read_ablation(args.file, dict(parse_override(text) for text in args.overrides))
-        out = args.out or Path("runs", "ablations", ablation.name)
-        runs = plan(ablation, out)
-        try:
-            failed = [] if args.report else sweep([job(run) for run in runs], args.jobs)
-        except KeyboardInterrupt:
-            return 130
-        rows = list(results(runs))
-        if rows:
-            summary = ablation_report.summarise(rows, ablation.select, ablation.select in LARGEST, ablation.baseline)
-            content = {"ablation": ablation.model_dump(mode="json"), "summary": summary, "runs": rows}
-            content["command"] = shlex.join(["python", "-m", "palimpsest.eval.ablate", *(argv or sys.argv[1:])])
-            print(ablation_report.write(out, content))
-        for label in failed:
-            print(f"failed: {label}", file=sys.stderr)
-        outcome.code = 1 if failed else 0
-    return outcome.code
+    args = parser().parse_intermixed_args(argv)
+    if args.one is not None:
+        if args.with_parent:
+            end_with_parent()
+        from . import ablation_run, harness
+
+        with harness.reported() as outcome:
+            ablation_run.one(args.one, args.stream)
+        return outcome.code
+    try:
+        return _compare(args, sys.argv[1:] if argv is None else argv)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 141  # what a shell reports for a process that a closed pipe ended
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def provenance(device: torch.device, seconds: float) -> dict[str, Any]:
     }
 
 
+def result_of(folder: Path, stream: int | None) -> Path:
+    """Where the result of an ablation's run lies. How the test was read is no part of the run, and has its own file."""
+    return folder / ("result.json" if stream is None else f"result-stream-{stream}.json")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: beside it first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)

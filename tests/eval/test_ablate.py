@@ -1,20 +1,26 @@
 """Ablations: every run is planned once, kills and failures cost no finished run, tables say what the runs say."""
 
 import csv
+import fcntl
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
-from palimpsest.eval import ablate, ablation_report
+from palimpsest.eval import ablate, ablation_run
 from palimpsest.eval.sweep import Job, sweep
+from palimpsest.models import build
 from palimpsest.models.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,41 +62,41 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *more: str) -> subprocess.Popen:
-    paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "palimpsest.eval.ablate", "echoes.yaml", "--jobs", "2", *more]
-    return subprocess.Popen(
-        line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def test_stopped_in_the_middle_the_same_command_finishes_and_repeats_nothing(folder: Path) -> None:
-    first = command(folder)
+def test_killed_in_the_middle_the_same_command_finishes_and_repeats_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    line = ["echoes.yaml", "--jobs", "1", "seeds=[0]"]
+    # Forked from here, so that the command's process need not import torch again; its runs are processes of their own.
+    first = multiprocessing.get_context("fork").Process(target=ablate.main, args=(line,))
+    first.start()
     out = folder / "runs" / "ablations" / "echoes"
-    while first.poll() is None and not list(out.glob("*/result.json")):
-        time.sleep(0.02)
-    first.send_signal(signal.SIGTERM)
-    text, _ = first.communicate(timeout=120)
-    assert first.returncode == 130 and "4 runs, 0 of them done before" in text, text
-    done = {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
-    assert 1 <= len(done) < 4
+    while first.is_alive() and not list(out.glob("*/result.json")):
+        time.sleep(0.01)
+    first.kill()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL
+    [done] = out.glob("*/result.json")
+    began = done.stat().st_mtime_ns
+    capsys.readouterr()
 
-    second = command(folder)
-    text, _ = second.communicate(timeout=240)
-    assert second.returncode == 0 and f"4 runs, {len(done)} of them done before" in text, text
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-
+    assert ablate.main(line) == 0
+    text = capsys.readouterr().out
+    assert "2 runs, 1 of them done before" in text and done.stat().st_mtime_ns == began
     content = json.loads((out / "results.json").read_text())
     arms = {entry["arm"]: entry for entry in content["summary"]}
-    assert [len(content["runs"]), arms["wide"]["n"], arms["narrow"]["n"]] == [4, 2, 2]
+    assert [len(content["runs"]), arms["wide"]["n"], arms["narrow"]["n"]] == [2, 1, 1]
     assert arms["wide"]["measures"]["echo"]["mean"] > 0.9 > arms["narrow"]["measures"]["echo"]["mean"]
-    assert arms["narrow"]["measures"]["mean"]["p"] is None and 0 <= arms["wide"]["measures"]["mean"]["p"] <= 1
     table = (out / "table.md").read_text()
-    assert table in text and "| wide" in table and re.search(r"4 runs, \d+ minutes", table)
+    assert table in text and "| wide" in table and re.search(r"2 runs, \d+ minutes", table)
     rows = list(csv.DictReader((out / "runs.csv").open()))
-    assert sorted((row["arm"], row["seed"]) for row in rows) == [(a, s) for a in ("narrow", "wide") for s in "01"]
-    assert {row["arm"]: int(row["parameters"]) for row in rows}["wide"] > int(rows[-1]["parameters"])
+    assert {row["arm"]: row["seed"] for row in rows} == {"wide": "0", "narrow": "0"}
+    assert int(rows[0]["parameters"]) > int(rows[1]["parameters"])
+    assert int(rows[0]["state_bytes"]) == 2 * 8 * 16 * 4 + 2 * 4 + 8  # k and v of 8 tokens, counters
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "Training loss" not in page and "http" not in page
 
 
 def test_a_failing_job_is_started_twice_and_named_and_the_others_go_on(tmp_path: Path, capsys) -> None:
@@ -113,6 +119,86 @@ def test_a_failing_job_is_started_twice_and_named_and_the_others_go_on(tmp_path:
     assert sweep(jobs[1:], 2) == [] and "2 runs, 2 of them done before" in capsys.readouterr().out
 
 
+PARENT = """
+import sys
+from palimpsest.eval.sweep import Job, sweep
+from pathlib import Path
+here = Path(sys.argv[1])
+try:
+    sweep([Job("long", [sys.executable, str(here / "job.py"), str(here)], here / "no", here / "log")], 1, poll=0.01)
+except KeyboardInterrupt:
+    raise SystemExit(130)
+"""
+LONG = """
+import signal, sys, time
+from pathlib import Path
+from palimpsest.eval.sweep import end_with_parent
+here = Path(sys.argv[1])
+def asked(*_):
+    (here / "asked").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, asked)
+end_with_parent()
+(here / "began").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "term", "ctrl-c"])
+def test_however_a_sweep_ends_its_jobs_are_asked_to_stop(tmp_path: Path, how: signal.Signals) -> None:
+    (tmp_path / "job.py").write_text(LONG)
+    line = [sys.executable, "-c", PARENT, str(tmp_path)]
+    parent = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until(tmp_path / "began")
+    parent.send_signal(how)
+    _, said = parent.communicate(timeout=30)
+    if how == signal.SIGKILL:
+        until(tmp_path / "asked")
+    else:
+        assert parent.returncode == 130 and "the same command goes on from here" in said
+    assert (tmp_path / "asked").exists()
+
+
+def until(path: Path, seconds: float = 30.0) -> None:
+    """Wait for a file."""
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+def test_jobs_are_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def make(i: int) -> Job:
+        tell = f"import os, time; time.sleep(0.1); open({str(tmp_path / str(i))!r}, 'w')"
+        command = [sys.executable, "-S", "-c", tell + ".write(os.environ['CUDA_VISIBLE_DEVICES'])"]
+        return Job(str(i), command, tmp_path / str(i), tmp_path / "log")
+
+    assert sweep([make(i) for i in range(5)], 4, poll=0.01, devices=("3", "5")) == []
+    seen = [(tmp_path / str(i)).read_text() for i in range(5)]
+    assert seen[:4] == ["3", "5", "3", "5"] and seen[4] in ("3", "5")
+    assert "5 runs, 0 of them done before, 4 at a time on 2 GPUs" in capsys.readouterr().out
+    runs = ablate.plan(ablate.Ablation.model_validate(FILE), tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ablate.gpus(runs) == []  # they ask for the CPU
+    free = ablate.Ablation.model_validate({**FILE, "arms": {"x": {"train.device": "auto"}}, "baseline": None})
+    assert ablate.gpus(ablate.plan(free, tmp_path)) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7")
+    assert ablate.gpus(ablate.plan(free, tmp_path)) == ["4", "GPU-7"]
+
+
+def test_a_run_that_a_killed_sweep_left_is_waited_for(tmp_path: Path) -> None:
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    waiting = threading.Thread(target=ablation_run.wait_until_free, args=(tmp_path,))
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    os.close(held)
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
 def test_every_run_is_planned_once_and_named_by_what_it_trains(tmp_path: Path) -> None:
     found = ablate.Ablation.model_validate({**FILE, "grid": {"train.lr": [1e-2, 2e-2], "model.layers": [1, 2]}})
     runs = ablate.plan(found, tmp_path)
@@ -123,12 +209,17 @@ def test_every_run_is_planned_once_and_named_by_what_it_trains(tmp_path: Path) -
     }
 
 
-def test_shipped_ablations_are_valid() -> None:
-    files = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
-    assert files
-    for path in files:
-        runs = ablate.plan(ablate.read_ablation(path), Path("runs"))
-        assert len({run.folder for run in runs}) == len(runs) >= 2, path
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_ablations_are_valid_and_their_sizes_agree(path: Path) -> None:
+    ablation = ablate.read_ablation(path)
+    runs = ablate.plan(ablation, Path("runs"))
+    assert len({run.folder for run in runs}) == len(runs) >= 2
+    assert ablation.baseline in ablation.arms and ablation.about
+    for run in runs:
+        ask = ablation.match_of(run.arm)
+        assert (ask is None) == (run.match is None)
+        if ask is not None:
+            assert abs(run.match.off) <= 100 * ask.within <= 5
 
 
 @pytest.mark.parametrize(
@@ -138,6 +229,10 @@ def test_shipped_ablations_are_valid() -> None:
         ({"seeds": []}, "seeds was empty"),
         ({"arms": {"wide": {"model.dimm": 4}}, "baseline": None}, "arm 'wide': .*dimm"),
         ({"selects": "x"}, "selects"),
+        ({"stream": 0}, "stream was 0"),
+        ({"match": {"by": "bytes", "to": "wide"}}, "match.by was 'bytes'"),
+        ({"match": {"by": "flops", "to": "thin"}}, "arm 'narrow': match.to was 'thin'; it must be a number or one of"),
+        ({"arms": {"wide": {"match": 3}}, "baseline": None}, "arm 'wide': match was 3"),
     ],
 )
 def test_faulty_files(tmp_path: Path, changes: dict, words: str) -> None:
@@ -147,28 +242,78 @@ def test_faulty_files(tmp_path: Path, changes: dict, words: str) -> None:
         ablate.plan(ablate.read_ablation(path), tmp_path)
 
 
-def row(arm: str, rate: float, seed: int, checked: float, tested: float) -> dict:
-    sizes = {"parameters": 1, "flops_per_token": 2, "state_bytes": 3, "seconds": 4.0}
-    tests = {"a": tested, "b": tested + 0.2}
-    return {"arm": arm, "settings": {"lr": rate}, "seed": seed, "validation_accuracy": checked, "test": tests, **sizes}
+def test_arms_may_have_bases_of_their_own_and_widths_are_solved_for(tmp_path: Path) -> None:
+    """What is solved for is part of the config, and so of the name of the run's folder."""
+    plain = {"base": "tiny/transformer", "model.vocab_size": 16, "model.dim": 16, "model.layers": 1}
+    content = {
+        **FILE,
+        "arms": {
+            "wide": {},
+            "plain": plain | {"model.mixer.heads": 1},
+            "state": {"model.mixer.heads": 2, "match": {"by": "state_bytes", "to": 4000, "within": 0.2}},
+            "as it is": plain | {"model.mixer.heads": 1, "model.ffn_hidden": 40, "match": None},
+        },
+        "match": {"by": "parameters", "to": "wide"},
+        "baseline": None,
+        "seeds": [0],
+    }
+    found = ablate.Ablation.model_validate(content)
+    runs = {run.arm: run for run in ablate.plan(found, tmp_path)}
+    assert runs["wide"].match is None and runs["as it is"].match is None
+    # `set` gives both 4 heads' base the same MLP as `wide` had: 8/3 of 16, rounded up.
+    assert runs["plain"].config.model.ffn_hidden == 64 and runs["plain"].match.off == 0
+    # Of attention after 8 tokens: 2 × 8 × dim × 4 bytes, and 16 of counters; heads of even width: steps of 4.
+    assert runs["state"].config.model.dim == 64 and runs["state"].match.reached == 4112
+    assert [run.folder for run in ablate.plan(found, tmp_path)] == [run.folder for run in runs.values()]
+    given = {**content["arms"], "state": {"model.mixer.heads": 2, "model.dim": 64, "match": None}}
+    same = ablate.plan(ablate.Ablation.model_validate({**content, "arms": given}), tmp_path)
+    assert same[2].folder == runs["state"].folder
+    told = ablate.matches(list(runs.values()))
+    assert told[1] == "match: state: model.dim = 64: 4,112 state bytes for 4,000 (+2.80 %)" and len(told) == 2
+    near = {**content["arms"], "state": {"model.mixer.heads": 2, "match": {"by": "state_bytes", "to": 4000}}}
+    with pytest.raises(ConfigError, match=r"arm 'state': model\.dim = 64 gave 4,112 state bytes, the nearest"):
+        ablate.plan(ablate.Ablation.model_validate({**content, "arms": near}), tmp_path)
+    chain = {**content["arms"], "as it is": {"match": {"to": "plain"}}}
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump({**content, "arms": chain}))
+    with pytest.raises(ConfigError, match="arm 'as it is': match.to was 'plain', which is matched itself"):
+        ablate.read_ablation(path)
 
 
-def test_settings_are_chosen_on_validation_and_not_on_the_test() -> None:
-    rows = [row("x", 1.0, seed, 0.9, 0.3 + 0.1 * seed) for seed in (0, 1)]
-    rows += [row("x", 2.0, seed, 0.8, 0.7) for seed in (0, 1)]  # better on the test, worse on validation
-    rows += [row("y", 1.0, seed, 0.5, 0.1 + 0.2 * seed) for seed in (0, 1)]
-    x, y = ablation_report.summarise(rows, "validation_accuracy", True, "y")
-    assert x["settings"] == {"lr": 1.0} and x["measures"]["a"]["mean"] == pytest.approx(0.35)
-    assert x["measures"]["mean"]["mean"] == pytest.approx(0.45) and x["measures"]["a"]["sd"] == pytest.approx(
-        0.0707, abs=1e-4
-    )
-    # Differences 0.2 and 0.1: t = 3 with one degree of freedom, p = 1 − 2 atan(3) / π.
-    assert x["measures"]["a"]["p"] == pytest.approx(0.20483, abs=1e-5) and y["measures"]["a"]["p"] is None
-    about = {"machine": {"cpu": "c", "device": "cpu"}, "versions": {}, "date": "2"}
-    text = [{**x, **about, "test": {}, "validation_loss": 2.0} for x in rows[:2]]
-    content = {"ablation": {"name": "t", "about": "", "select": "validation_loss", "baseline": None}, "runs": text}
-    content["summary"] = ablation_report.summarise(text, "validation_loss", False, None)
-    assert "reported on the same held-out text" in ablation_report.markdown(content)
-    assert ablation_report.summarise(rows, "validation_accuracy", False, None)[0]["settings"] == {"lr": 2.0}
-    with pytest.raises(ValueError, match="select was 'loss'; the runs have validation_accuracy"):
-        ablation_report.summarise(rows, "loss", True, None)
+def test_a_plan_is_told_and_a_stream_has_a_result_of_its_own(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    assert ablate.main(["--plan", "echoes.yaml", "stream=4"]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 runs to do" in said and "wide, train.lr 0.02, seed 1\n" in said
+    [run, *_] = ablate.plan(ablate.read_ablation("echoes.yaml"), Path("out"))
+    assert ablate.job(run, 4).result == run.folder / "result-stream-4.json"
+    assert ablate.job(run, 4).command[-2:] == ["--stream", "4"] and ablate.job(run, None).result.name == "result.json"
+    assert ablate.job(run, None).steps == 30 and ablate.job(run, None).metrics == run.folder / "metrics.jsonl"
+    assert ablate.main(["echoes.yaml", "--jobs", "0"]) == 2 and "at least one job" in capsys.readouterr().err
+
+
+def test_all_scores_of_a_task_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy under `test`, the others under `scores`; the stream reaches the task."""
+    monkeypatch.syspath_prepend(folder)
+    [run, *_] = ablate.plan(ablate.Ablation.model_validate(FILE), folder)
+    torch.manual_seed(0)
+    model = build(run.config.plain())
+    asked = []
+
+    def scores(model: object, group: object, *, stream: int | None) -> dict[str, float]:
+        asked.append(stream)
+        return {"accuracy": 0.5, "legal": 0.75}
+
+    done = SimpleNamespace(status="complete", loss=1.0)
+    monkeypatch.setattr(ablation_run, "train", lambda config: done)
+    monkeypatch.setattr(ablation_run, "load", lambda path, device: model)
+    monkeypatch.setattr(ablation_run, "scores", scores)
+    found = ablation_run.measure(run.config, stream=4)
+    assert found["test"] == {"echo": 0.5} and found["scores"] == {"echo": {"legal": 0.75}} and asked == [4]
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    assert found["state_bytes"] == model(tokens).state.bytes
+    assert found["flops_per_token"] == model.flops_per_token(8) - 6 * 16 * 16
+    done.status = "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        ablation_run.measure(run.config)
