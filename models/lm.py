@@ -28,6 +28,7 @@ from .state import State
 
 IGNORE = -100
 SCHEMA = 1
+MODEL_TYPE = "palimpsest"  # by which transformers knows a folder, see hub.py
 
 
 @dataclass
@@ -266,7 +267,8 @@ class MemoryLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        about = {"schema": SCHEMA, "model": self.config.model_dump(mode="json"), "run": run_config}
+        about = {"schema": SCHEMA, "model_type": MODEL_TYPE, "model": self.config.model_dump(mode="json")}
+        about |= {"run": run_config}
         save_file(weights, folder / ".model.safetensors", metadata={"format": "pt"})
         (folder / ".config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for name in ("model.safetensors", "config.json"):
