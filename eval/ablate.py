@@ -9,6 +9,7 @@ A file (``configs/ablations/``) says what is compared::
       mixture: {model.mixer.memories: 4}
       one memory: {model.mixer.memories: 1, model.mixer.top_k: 1}
       attention: {base: tiny/transformer}       # an arm may have a base of its own
+    vary: {}                       # lists by key: each arm once with every combination, like "mixture, heads 2"
     match: {by: parameters, to: mixture}        # widths are solved for, so that sizes agree: see palimpsest.eval.match
     grid: {train.lr: [1.0e-3, 3.0e-3]}
     seeds: [0, 1, 2]
@@ -57,7 +58,8 @@ class Ablation(Strict):
     about: str = ""
     base: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
-    arms: dict[str, dict[str, Any]]
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    vary: dict[str, list[Any]] = Field(default_factory=dict)
     match: Match | None = None
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2])
@@ -106,7 +108,7 @@ def read_ablation(source: str | Path, overrides: dict[str, Any] | None = None) -
     """
     content = apply_overrides(load_yaml(find_config(source)), overrides or {})
     content.setdefault("name", Path(source).stem)
-    found = validate(Ablation, content)
+    found = varied(validate(Ablation, content))
     if found.baseline is not None and found.baseline not in found.arms:
         raise ConfigError(f"baseline was {found.baseline!r}; it must be one of the arms {list(found.arms)}")
     for key in ("arms", "seeds"):
@@ -122,6 +124,19 @@ def read_ablation(source: str | Path, overrides: dict[str, Any] | None = None) -
             if found.match_of(ask.to) is not None:
                 raise ConfigError(f"arm {arm!r}: match.to was {ask.to!r}, which is matched itself; it must not be")
     return found
+
+
+def varied(ablation: Ablation) -> Ablation:
+    """Each arm once with every combination of ``vary``, and named by it; without arms, the combinations alone."""
+    if not ablation.vary:
+        return ablation
+    arms = {}
+    for arm, changes in (ablation.arms or {"": {}}).items():
+        for values in itertools.product(*ablation.vary.values()):
+            chosen = dict(zip(ablation.vary, values, strict=True))
+            told = [f"{key.split('.')[-1]} {value}" for key, value in chosen.items()]
+            arms[", ".join([*([arm] if arm else []), *told])] = {**changes, **chosen}
+    return ablation.model_copy(update={"arms": arms})
 
 
 def _content(ablation: Ablation, arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -280,6 +280,15 @@ def test_arms_may_have_bases_of_their_own_and_widths_are_solved_for(tmp_path: Pa
         ablate.read_ablation(path)
 
 
+def test_arms_are_varied_over_lists() -> None:
+    content = {**FILE, "vary": {"model.dim": [4, 8], "model.layers": [1, 2]}, "baseline": None}
+    found = ablate.varied(ablate.Ablation.model_validate(content))
+    assert list(found.arms)[:4] == [f"wide, dim {dim}, layers {layers}" for dim in (4, 8) for layers in (1, 2)]
+    assert found.arms["narrow, dim 8, layers 2"] == {"model.dim": 8, "model.layers": 2} and len(found.arms) == 8
+    alone = ablate.varied(ablate.Ablation.model_validate({**content, "arms": {}, "vary": {"model.dim": [4, 8]}}))
+    assert alone.arms == {"dim 4": {"model.dim": 4}, "dim 8": {"model.dim": 8}}
+
+
 def test_a_plan_is_told_and_a_stream_has_a_result_of_its_own(folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
     assert ablate.main(["--plan", "echoes.yaml", "stream=4"]) == 0
