@@ -1,7 +1,9 @@
 """Look into a trained model's memories: ``python -m palimpsest.eval.inspect RUN --text FILE`` writes one HTML page.
 
 The page shows the text token by token, coloured by what is chosen: the loss, how much a token surprised a memory (the
-inner loss before it is written), the gates, or which memories a router gave it. It loads nothing and needs no network.
+inner loss before it is written), the gates, which memories a router gave it, or which chunks it reads. Below stands
+what each memory returns when a token is asked for again later: on average by distance, and for the token that is
+clicked. The page loads nothing and needs no network.
 """
 
 import argparse
@@ -13,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.recall import recall
 from . import record
 from .harness import Run, open_run, pick_device, reported
 from .inspect_page import page
 
 DIGITS = 5  # of each number on the page
+MARKS = 32  # places of the text at which every memory is asked for every token
 
 
 def pieces(run: Run, tokens: Sequence[int]) -> list[str]:
@@ -37,6 +41,25 @@ def channel(name: str, value: Tensor) -> dict[str, Any]:
     return {"name": name, "values": [round(x, DIGITS) for x in value.tolist()]}
 
 
+def curve(cosines: Tensor, marks: Sequence[int]) -> list[dict[str, float]]:
+    """Recall against distance: of ``cosines`` [marks, T] the mean over all tokens and marks whose distance lies in
+    [1, 2), [2, 4), [4, 8) … tokens, and, at distance 0, over all before the token was written.
+
+    The distance of token t from mark n is n − t: 1 right after it was written. ``pairs`` is how many there are.
+    """
+    distance = torch.tensor(marks)[:, None] - torch.arange(cosines.shape[1])
+    spans = [(-cosines.shape[1], 1)]
+    while spans[-1][1] <= cosines.shape[1]:
+        spans.append((spans[-1][1], 2 * spans[-1][1]))
+    found = []
+    for low, high in spans:
+        inside = cosines.cpu()[(distance >= low) & (distance < high)]
+        if len(inside):
+            mean = round(inside.mean().item(), DIGITS)
+            found.append({"from": max(low, 0), "to": high - 1, "recall": mean, "pairs": len(inside)})
+    return found
+
+
 @torch.no_grad()
 def look(run: Run, ids: Sequence[int]) -> dict[str, Any]:
     """What the page shows of a text's tokens: their own texts, and the channels.
@@ -51,7 +74,18 @@ def look(run: Run, ids: Sequence[int]) -> dict[str, Any]:
     first = torch.full_like(loss[:, :1], torch.nan)  # nothing comes before the first token
     channels = [channel("loss (nats)", torch.cat([first, loss], 1))]
     channels += [channel(name, value) for name, value in run.model.observe(tokens).items()]
-    return {"run": run.config.name, "tokens": pieces(run, ids), "channels": channels}
+    marks = [round(i * len(ids) / MARKS) for i in range(MARKS + 1)] if len(ids) >= MARKS else list(range(len(ids) + 1))
+    recalled = {
+        name: {"cosines": [[round(x, DIGITS) for x in row] for row in found.tolist()], "curve": curve(found, marks)}
+        for name, found in recall(run.model, tokens, marks).items()
+    }
+    return {
+        "run": run.config.name,
+        "tokens": pieces(run, ids),
+        "channels": channels,
+        "marks": marks,
+        "recall": recalled,
+    }
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,6 +11,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; mar
 #bar { position: sticky; top: 0; background: #fff; padding: .6em 0; border-bottom: 1px solid #ddd }
 #told { font: 13px/1.4 ui-monospace, monospace; min-height: 3em; margin: .4em 0 0; white-space: pre-wrap }
 #scale { display: inline-block; margin-left: 1em } .key { padding: 0 .5em; margin-right: .3em; border-radius: 2px }
+#text span.asked { outline: 2px solid #222 }
+#recall { display: none } #curve { width: 100%; max-width: 760px; height: auto } #curve text { font: 11px system-ui }
 canvas { width: 100%; image-rendering: pixelated; border: 1px solid #ddd; margin-top: .6em; display: none }
 """
 
@@ -26,11 +28,13 @@ const fade = (hex, share) => {
   const value = parseInt(probe.fillStyle.slice(1), 16);
   return `rgba(${value >> 16}, ${(value >> 8) & 255}, ${value & 255}, ${share.toFixed(3)})`;
 };
+let asked = null;
 data.channels.forEach((channel, i) => choose.add(new Option(channel.name, i)));
 data.tokens.forEach((token, t) => {
   const span = document.createElement("span");
   span.textContent = token;
   span.onmouseenter = () => tell(t);
+  span.onclick = () => { asked = t; drawRecall(); };
   text.append(span);
 });
 const word = x => x === null ? "–" : x.toPrecision(4);
@@ -55,14 +59,14 @@ function numbers(values) {
   const share = x => Math.min(1, Math.max(0, (x - low) / (high - low || 1)));
   return values.map(x => x === null ? "" : fade("#c0392b", 0.75 * share(x)));
 }
-function shares(rows) {
+function shares(rows, what) {
   scale.innerHTML = "";
   rows.forEach((row, m) => {
     const key = document.createElement("span");
     key.className = "key";
     key.style.background = fade(colour(m), 0.6);
     const count = row.filter(x => x > 0).length;
-    key.textContent = `memory ${m}: ${(100 * count / row.length).toFixed(0)} % of tokens`;
+    key.textContent = `${what} ${m}: ${(100 * count / row.length).toFixed(0)} % of tokens`;
     scale.append(key);
   });
   map.style.display = "block";
@@ -82,14 +86,72 @@ function shares(rows) {
 }
 function paint() {
   const channel = data.channels[choose.value];
-  const shown = channel.shares ? shares(channel.shares) : numbers(channel.values);
+  const shown = channel.shares
+    ? shares(channel.shares, channel.name.endsWith("/chunks") ? "chunk" : "memory") : numbers(channel.values);
   shown.forEach((background, t) => { text.children[t].style.background = background; });
+}
+const memory = document.getElementById("memory"), curve = document.getElementById("curve");
+const said = document.getElementById("said"), width = 760, height = 300, left = 46, bottom = 44;
+const far = Math.max(1, Math.log2(data.tokens.length)), known = Object.keys(data.recall);
+const draw = (name, attributes, words) => {
+  const made = document.createElementNS(curve.namespaceURI, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (words !== undefined) made.textContent = words;
+  curve.append(made);
+};
+// Distance 0 stands for all that is not written yet; then each doubling of the distance is as wide as the one before.
+const across = d => left + (d < 1 ? 0.5 : 1.5 + Math.log2(d)) / (far + 2) * (width - left - 12);
+function line(points, low, high, look) {
+  const up = y => 10 + (high - y) / (high - low) * (height - bottom - 10);
+  const later = points.filter(p => p[0] >= 1);
+  draw("polyline", {points: later.map(p => `${across(p[0])},${up(p[1])}`).join(" "), fill: "none", ...look});
+  points.forEach(p => draw("circle", {cx: across(p[0]), cy: up(p[1]), r: 3, fill: look.stroke}));
+}
+function mine(found) {  // of the token asked for: before it is written in the mean, then at every later mark
+  const before = [], later = [];
+  data.marks.forEach((mark, i) => {
+    const value = found.cosines[i][asked];
+    if (mark > asked) later.push([mark - asked, value]); else before.push(value);
+  });
+  const mean = before.reduce((a, b) => a + b, 0) / before.length;
+  return before.length ? [[0, mean], ...later] : later;
+}
+function drawRecall() {
+  [...text.children].forEach((span, t) => span.classList.toggle("asked", t === asked));
+  if (!known.length) return;
+  const found = data.recall[memory.value];
+  const mean = found.curve.map(p => [p.to < 1 ? 0 : Math.sqrt(Math.max(p.from, 1) * p.to), p.recall]);
+  const own = asked === null ? [] : mine(found), all = [...mean, ...own].map(p => p[1]);
+  const low = Math.min(0, ...all), high = Math.max(0.1, ...all);
+  const up = y => 10 + (high - y) / (high - low) * (height - bottom - 10);
+  curve.replaceChildren();
+  for (const y of [low, 0, high / 2, high]) {
+    draw("line", {x1: left, x2: width - 12, y1: up(y), y2: up(y), stroke: "#ddd"});
+    draw("text", {x: left - 6, y: up(y) + 4, "text-anchor": "end"}, y.toFixed(2));
+  }
+  draw("text", {x: across(0), y: height - bottom + 16, "text-anchor": "middle"}, "before");
+  for (let d = 1; Math.log2(d) <= far; d *= 4)
+    draw("text", {x: across(d), y: height - bottom + 16, "text-anchor": "middle"}, d.toLocaleString("en"));
+  const words = "distance from the token to the place of asking (tokens)";
+  draw("text", {x: width / 2, y: height - 8, "text-anchor": "middle"}, words);
+  line(mean, low, high, {stroke: "#1b6ca8", "stroke-width": 2.5});
+  if (own.length) line(own, low, high, {stroke: "#c0392b", "stroke-width": 1.2});
+  said.textContent = "Blue: mean over all tokens. " + (asked === null ? "Click a token for its own."
+    : `Red: token ${asked} ${JSON.stringify(data.tokens[asked])}.`);
+}
+if (known.length) {
+  document.getElementById("recall").style.display = "block";
+  known.forEach(name => memory.add(new Option(name, name)));
+  memory.onchange = drawRecall;
 }
 choose.onchange = paint;
 map.onmousemove = event => tell(Math.min(map.width - 1, Math.floor(event.offsetX / map.clientWidth * map.width)));
 choose.value = new URLSearchParams(location.hash.slice(1)).get("channel") || 0;
 paint();
 tell(0);
+asked = Number(new URLSearchParams(location.hash.slice(1)).get("token") ?? NaN);
+if (!(asked >= 0 && asked < data.tokens.length)) asked = null;
+drawRecall();
 """
 
 
@@ -108,6 +170,11 @@ def page(found: dict[str, Any]) -> str:
 <canvas id="map"></canvas><p id="told"></p></div>
 <p>{len(found["tokens"]):,} tokens. Point at one to read all numbers.</p>
 <div id="text"></div>
+<div id="recall"><h2>What is remembered</h2>
+<p>The cosine of what a memory answers to a token's key, when so many more tokens have been written, with that token's
+value. Before: what it answers when the token has not been written yet.</p>
+<label>Memory of <select id="memory"></select></label>
+<svg id="curve" viewBox="0 0 760 300" role="img" aria-label="recall against distance"></svg><p id="said"></p></div>
 <script>const data = {data};{SCRIPT}</script>
 </body></html>
 """

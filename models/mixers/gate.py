@@ -29,4 +29,8 @@ class MemoryGate(nn.Module):
 
     def forward(self, y: Tensor, memory: Tensor) -> Tensor:
         """``y``, already through ``norm_y``, gated by ``memory``; both [B, T, dim]."""
-        return self.out(y * self.nonlinearity(self.norm_memory(memory)))
+        return self.out(y * self.factor(memory))
+
+    def factor(self, memory: Tensor) -> Tensor:
+        """g(norm(m)), what multiplies the other branch, of ``memory`` [B, T, dim]."""
+        return self.nonlinearity(self.norm_memory(memory))

@@ -130,13 +130,15 @@ class HierarchicalMemory(Mixer):
         shares = self.store.shares(*streams[1:])
         m = self._combined(self.store(*streams, None, None, False, self.ages)[0], z)
         numbers = self.store.numbers(shares)
+        if self.gate is not None:
+            numbers["gate"] = torch.sigmoid(self.gate(z)).mean(-1)
         return shares, numbers | {"strength": m.norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-12)}
 
     @torch.no_grad()
     def diagnose(self, x: Tensor) -> dict[str, Tensor]:
         """Means over the tokens of x [B, T, dim] that had a chunk to read: ``entropy`` of the chunks' weights, in nats;
         ``distance`` in tokens to the chunks, by weight; ``strength``, the norm of what the memory adds over that of
-        the local attention's answer."""
+        the local attention's answer; ``gate``, where there is one, a mean over heads."""
         shares, numbers = self._probe(x)
         reads = shares.sum(-1) > 0
         return {name: (value * reads).sum() / reads.sum().clamp(min=1) for name, value in numbers.items()}

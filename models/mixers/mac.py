@@ -1,5 +1,6 @@
 """Titans MAC: what the memory knows is context for attention."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -195,3 +196,8 @@ class MemoryAsContext(Mixer):
     def observe(self, x: Tensor) -> dict[str, Tensor]:
         """The memory's on y; see :meth:`MemoryLayer.observe`."""
         return self.memory.observe(self._written(x))
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor:
+        """The memory's on y; see :meth:`MemoryLayer.recall`."""
+        return self.memory.recall(self._written(x), marks)

@@ -1,5 +1,7 @@
 """Titans MAG: the memory gates sliding-window attention."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,10 +49,19 @@ class MemoryAsGate(Mixer):
 
     @torch.no_grad()
     def diagnose(self, x: Tensor) -> dict[str, Tensor]:
-        """The memory's; see :meth:`MemoryLayer.diagnose`."""
-        return self.memory.diagnose(x)
+        """The memory's, see :meth:`MemoryLayer.diagnose`, and the mean of ``gate``."""
+        return self.memory.diagnose(x) | {"gate": self._opened(x).mean()}
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, Tensor]:
-        """The memory's; see :meth:`MemoryLayer.observe`."""
-        return self.memory.observe(x)
+        """The memory's, see :meth:`MemoryLayer.observe`, and ``gate``: what the memory multiplies the attention by, a
+        mean over channels."""
+        return self.memory.observe(x) | {"gate": self._opened(x)}
+
+    def _opened(self, x: Tensor) -> Tensor:
+        return self.gate.factor(self.memory(x, None, None, False)[0]).mean(-1)
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor:
+        """The memory's; see :meth:`MemoryLayer.recall`."""
+        return self.memory.recall(x, marks)

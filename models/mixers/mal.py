@@ -1,5 +1,7 @@
 """Titans MAL: the memory is a layer below sliding-window attention."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,11 @@ class MemoryAsLayer(Mixer):
     def observe(self, x: Tensor) -> dict[str, Tensor]:
         """The memory's; see :meth:`MemoryLayer.observe`."""
         return self.memory.observe(x)
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor:
+        """The memory's; see :meth:`MemoryLayer.recall`."""
+        return self.memory.recall(x, marks)
 
 
 def _expand(state: LayerState, batch: int) -> LayerState:

@@ -1,5 +1,6 @@
 """What every token mixer is."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,3 +45,10 @@ class Mixer(nn.Module):
     def observe(self, x: Tensor) -> dict[str, Tensor]:
         """What happens at each token of x [B, T, dim]: numbers [B, T], or shares of several places [B, T, M]."""
         return {}
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor | None:
+        """What the memory returns for the key of each token of x [1, T, dim] when the first n tokens have been written,
+        for each n of ``marks`` (ascending, 0 … T): its cosine with that token's value, a mean over heads, float32
+        [marks, T]. None for a mixer without a memory that answers a key with a value."""
+        return None

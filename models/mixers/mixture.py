@@ -1,7 +1,7 @@
 """Mixture of memories: a router writes each token to a few of several memories, and reads from those."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import delta_rule, l2_norm, linear_attention, neural_memory, short_conv
+from ...kernels import delta_rule, l2_norm, linear_attention, neural_memory, neural_memory_read, short_conv
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.neural_memory.state import fresh_state
 from ...kernels.routing import Routing, balance_loss, combine, dispatch, route, router_z_loss
@@ -57,6 +57,12 @@ class DecayGates(nn.Module):
         if self.decays:
             gates.append(F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -self.retain_log.to(kind).exp())
         return gates
+
+    def named(self, z: Tensor) -> dict[str, Tensor]:
+        """β as ``write`` and a as ``retention``, of z [..., outputs]: [..., H] each, those that the rule has."""
+        gates = self.activate(z)
+        found = {"write": gates.pop(0)} if self.writes else {}
+        return found | ({"retention": gates.pop(0).exp()} if self.decays else {})
 
 
 @dataclass(frozen=True)
@@ -288,8 +294,40 @@ class MixtureOfMemories(Mixer):
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, Tensor]:
         """See :class:`Mixer`: ``memories`` [B, T, M], the weight with which a token goes to each, 0 where it does not;
-        ``entropy`` of its probabilities, in nats."""
+        ``entropy`` of its probabilities, in nats; and the gates of the memories it goes to, a mean by weight."""
         r = self.route(x, None)
         chosen, weight = r.memory[..., : self.mixer.top_k], r.weight[..., : self.mixer.top_k]
         shares = torch.zeros_like(r.probability).scatter(-1, chosen, weight.to(r.probability.dtype))
-        return {"memories": shares, "entropy": torch.special.entr(r.probability).sum(-1)}
+        found = {"memories": shares, "entropy": torch.special.entr(r.probability).sum(-1)}
+        z = self._inputs(x, r, _Sequences.of(r, x.shape[0], False), {}, False)[3]
+        gates = {name: value.mean(-1)[0] for name, value in self.gates.named(z).items()}
+        return found | {name: _in_tokens(value, r) for name, value in gates.items()}
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor:
+        """See :class:`Mixer`: of each memory that a token is written to, weighted as the token reads them."""
+        r = self.route(x, None)
+        _, k, v, _, _, _ = self._inputs(x, r, _Sequences.of(r, x.shape[0], False), {}, False)
+        memory = torch.empty_like(r.token).scatter(0, r.slot.flatten(), r.memory.flatten())
+        found = []
+        for mark in marks:
+            state = self.forward(x[:, :mark])[1] if mark else self.init_state(1, x.device, x.dtype)
+            assert state is not None
+            o = torch.empty_like(v, dtype=torch.float32)
+            for m in range(self.memories):
+                mine = {name: y[0, m] for name, y in state["memory"].items()}
+                o[:, memory == m] = self._answer(k[:, memory == m], mine).float()
+            found.append(_in_tokens(F.cosine_similarity(o, v.float(), dim=-1).mean(-1)[0], r)[0])
+        return torch.stack(found)
+
+    def _answer(self, k: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """What one memory in a state [H, ...] returns for keys [1, S, H, D]."""
+        if self.spec is None:
+            return torch.einsum("bshd,hde->bshe", k.to(state["memory"].dtype), state["memory"])
+        weights = [state[f"weights.{i}"] for i in range(self.spec.layers)]
+        return neural_memory_read(k, weights=weights, spec=self.spec, norm=self.norm)
+
+
+def _in_tokens(value: Tensor, r: Routing) -> Tensor:
+    """Of numbers of slots [S], each token's [B, T]: a mean over its choices by weight."""
+    return (value[r.slot] * r.weight).sum(-1) / r.weight.sum(-1)

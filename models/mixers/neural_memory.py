@@ -84,6 +84,12 @@ class MemoryGates(nn.Module):
             step = step * torch.sigmoid(-moved)
         return step, log_retain, log_momentum
 
+    def named(self, z: Tensor) -> dict[str, Tensor]:
+        """θ as ``step``, a as ``retention`` and η as ``momentum``, of z [..., outputs]: [..., H] each, where used."""
+        step, log_retain, log_momentum = self.activate(z)
+        decays = {"retention": log_retain, "momentum": log_momentum}
+        return {"step": step} | {name: y.exp() for name, y in decays.items() if y is not None}
+
 
 def draw_start(weights: Sequence[Tensor], norm: Tensor | None, spec: MemorySpec) -> None:
     """Draw W_0 ([..., in, out] of each layer) in place, and set the memory's norm to 1.
@@ -244,6 +250,24 @@ class MemoryLayer(Mixer):
             found[name] = loss.sum(-1)
         assert state is not None
         return found, state
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor:
+        """See :class:`Mixer`: cos(M(k_t; W_n), v_t)."""
+        _, k, v, _, _ = self._write_inputs(x, None, None, False)
+        written = (k, k, v, *self.gates(x))
+        weights: list[Tensor] | LayerState = self.start()
+        state, done, found = None, 0, []
+        for mark in marks:
+            if mark > done:
+                part = (None if y is None else y[:, done:mark] for y in written)
+                options = {"weights": self.start(), "spec": self.spec, "norm": self.norm, "state": state}
+                _, state = neural_memory(*part, **options, return_state=True)
+                assert state is not None
+                weights, done = [state[name] for name in self.weight_names], mark
+            o = neural_memory_read(k, weights=weights, spec=self.spec, norm=self.norm)
+            found.append(F.cosine_similarity(o.float(), v.float(), dim=-1).mean(-1)[0])
+        return torch.stack(found)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> dict[str, Tensor]:

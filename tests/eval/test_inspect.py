@@ -31,7 +31,8 @@ def test_the_page_of_a_router(routed, tmp_path, capsys) -> None:
     ids = list(TEXT.encode())
     assert len(found["tokens"]) == len(ids) and found["tokens"][:4] == list("Line") and "⟨195⟩" in found["tokens"]
     names = [c["name"] for c in found["channels"]]
-    assert names == ["loss (nats)", *(f"layer.{i}/{n}" for i in (0, 1) for n in ("memories", "entropy"))]
+    shown = ("memories", "entropy", "write", "retention")
+    assert names == ["loss (nats)", *(f"layer.{i}/{n}" for i in (0, 1) for n in shown)]
     tokens = torch.tensor([ids])
     loss = model.per_token_loss(tokens[:, :-1], tokens[:, 1:])[0][0]
     assert found["channels"][0]["values"][0] is None
@@ -44,7 +45,7 @@ def test_the_page_of_a_router(routed, tmp_path, capsys) -> None:
 def test_a_neural_memory_tells_its_surprise_and_gates(run) -> None:
     found = inspect.look(run, list(TEXT.encode()))
     names = {c["name"] for c in found["channels"]}
-    assert {f"layer.1/{n}" for n in ("retention", "momentum", "step", "loss_before", "loss_after")} <= names
+    assert {f"layer.1/{n}" for n in ("retention", "momentum", "step", "loss_before", "loss_after", "gate")} <= names
     tokens = torch.tensor([list(TEXT.encode())])
     means = run.model.diagnostics(tokens)
     for c in found["channels"][1:]:
@@ -71,3 +72,25 @@ def test_bad_input(routed, tmp_path, capsys, text, more, words) -> None:
         (tmp_path / "text").write_text(text)
     assert inspect.main([str(routed), "--text", str(tmp_path / "text"), *more]) == 2
     assert words in capsys.readouterr().err and not (routed / "inspect.html").exists()
+
+
+def test_the_retention_curve_is_the_mean_by_distance() -> None:
+    cosines = torch.tensor([[0.0, 0.1, 0.2, 0.3], [1.0, 0.1, 0.2, 0.3], [0.5, 0.6, 0.8, 0.9], [0.2, 0.3, 0.4, 0.5]])
+    found = inspect.curve(cosines, [0, 1, 3, 4])
+    assert [(p["from"], p["to"], p["pairs"]) for p in found] == [(0, 0, 8), (1, 1, 3), (2, 3, 4), (4, 7, 1)]
+    means = [2.1 / 8, (1.0 + 0.8 + 0.5) / 3, (0.6 + 0.5 + 0.4 + 0.3) / 4, 0.2]
+    assert [p["recall"] for p in found] == pytest.approx(means, abs=1e-5)
+
+
+def test_the_page_tells_what_a_memory_returns_later(run, routed) -> None:
+    for opened in (run, harness.open_run(routed, torch.device("cpu"))):
+        found = inspect.look(opened, list(TEXT.encode()))
+        assert set(found["recall"]) == {"layer.0", "layer.1"} and found["marks"][0] == 0
+        assert found["marks"][-1] == len(found["tokens"]) and len(found["marks"]) == inspect.MARKS + 1
+        for told in found["recall"].values():
+            cosines = torch.tensor(told["cosines"])
+            assert cosines.shape == (33, len(found["tokens"])) and cosines.abs().max() <= 1 + 1e-4
+            again = inspect.curve(cosines, found["marks"])
+            assert [p["recall"] for p in told["curve"]] == pytest.approx([p["recall"] for p in again], abs=2e-5)
+    found = inspect.look(run, [65, 66, 67])
+    assert found["marks"] == [0, 1, 2, 3]
