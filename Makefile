@@ -9,6 +9,8 @@ READY = $(VENV)/.ready
 TYPES = $(VENV)/types
 ROOMS = kernels models train eval configs
 ARGS =
+# What the tests need of the extra lm-eval; all of it would bring scipy, scikit-learn and thirty others.
+LM_EVAL = lm_eval sacrebleu colorama lxml portalocker tabulate requests certifi charset-normalizer urllib3
 
 .PHONY: help quickstart test check lint types format gpu clean
 
@@ -63,4 +65,5 @@ $(READY): setup.py constraints.txt
 	sys.exit(None if (3, 10) <= v[:2] < (3, 14) else "Palimpsest needs Python 3.10 to 3.13; name one with PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv failed; on Debian: apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --no-compile $(LM_EVAL)
 	@touch $(READY)

@@ -30,11 +30,14 @@ DOORS = {
     "palimpsest-inspect": "palimpsest.eval.inspect:main",
     "palimpsest-ablate": "palimpsest.eval.ablate:main",
     "palimpsest-describe": "palimpsest.models.describe:main",
+    "palimpsest-export": "palimpsest.eval.export:main",
+    "palimpsest-lm-eval": "palimpsest.eval.lm_eval:main",
     "palimpsest-profile": "palimpsest.kernels.profile.__main__:main",
 }
 
 DATA = ["datasets>=3.0", "pyarrow>=15", "tokenizers>=0.20", "zstandard>=0.22"]
 HF = ["transformers>=4.56"]
+LM_EVAL = ["lm_eval>=0.4.13", "nltk>=3.9.1", "wonderwords>=2.2"]  # the last two make the texts of RULER's tasks
 PLOT = ["matplotlib>=3.8"]
 TOOLS = [
     "build>=1.2",
@@ -50,6 +53,7 @@ TOOLS = [
 EXTRAS = {
     "data": DATA,
     "hf": HF,
+    "lm-eval": HF + DATA + LM_EVAL,
     "plot": PLOT,
     "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
     "dev": TOOLS + DATA + HF + PLOT,

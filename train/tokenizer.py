@@ -99,25 +99,25 @@ class VocabularyTokenizer(Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        self.name, self.separator, self._backend = name, separator, backend
+        self.name, self.separator, self.backend = name, separator, backend
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         content = hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
         self.identity = {"name": name, "sha256": content, "separator": separator}
 
     def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         strings = [text.decode("utf-8") for text in texts]
-        encodings = self._backend.encode_batch_fast(strings, add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(strings, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._backend.decode(list(tokens), skip_special_tokens=False)
+        return self.backend.decode(list(tokens), skip_special_tokens=False)
 
     @cached_property
     def byte_table(self) -> Tensor:
-        decoder = json.dumps(json.loads(self._backend.to_str()).get("decoder"))
-        added = self._backend.get_added_tokens_decoder()
+        decoder = json.dumps(json.loads(self.backend.to_str()).get("decoder"))
+        added = self.backend.get_added_tokens_decoder()
         table = torch.zeros(self.vocab_size, dtype=torch.float64)
-        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+        for token, index in self.backend.get_vocab(with_added_tokens=True).items():
             if index in added:
                 special = added[index].special or index == self.separator
                 table[index] = 0 if special else len(added[index].content.encode("utf-8"))
