@@ -45,8 +45,8 @@ def distinct(seed: int, stream: str, rows: int, count: int, low: int, high: int,
         raise ValueError(f"count was {count}; it must be at most {high - low}, the integers of [{low}, {high})")
     kinds = high - low
     if 2 * count > kinds:  # most of them: the order of random numbers
-        drawn = words(seed, f"{stream} order", rows * kinds, start * kinds).reshape(rows, kinds)
-        return np.argsort(drawn, 1, kind="stable")[:, :count] + low
+        order = words(seed, f"{stream} order", rows * kinds, start * kinds).reshape(rows, kinds)
+        return np.argsort(order, 1, kind="stable")[:, :count] + low
     width = min(4 * kinds, count + 64 + count // 2)
     found = np.empty((rows, count), np.int64)
     todo, attempt = np.arange(rows), 0

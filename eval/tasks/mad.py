@@ -39,6 +39,7 @@ of the others exactly: here, settings are chosen by validation examples, in the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -283,14 +284,15 @@ def task(
     if kind not in KINDS:
         raise ValueError(f"kind was {kind!r}; it must be one of {', '.join(KINDS)}")
     usual = KINDS[kind]
-    given = {
+    given: dict[str, Any] = {
         "vocabulary": vocabulary,
         "noise": noise,
         "noise_vocabulary": noise_vocabulary,
         "motif": motif,
         "copied": copied,
     }
-    settings = replace(usual.settings, facts=seed, **{key: value for key, value in given.items() if value is not None})
+    told = {key: value for key, value in given.items() if value is not None}
+    settings = replace(usual.settings, facts=seed, **told)
     split = (
         train if train is not None else ((usual.length, usual.train),),
         validation if validation is not None else ((usual.length, TEST),),
