@@ -69,6 +69,14 @@ def test_what_is_not_minimal_is_found_and_equal_languages_have_equal_numbers(mon
     assert len(set(number.tolist())) == len({tuple(kept) for kept in whole})
 
 
+def test_no_language_comes_twice(monkeypatch) -> None:
+    for name, value in (("SYMBOLS", 4), ("ALPHABET", (4, 4)), ("STATES", (4, 4)), ("EDGES", (1, 1)), ("BLOCK", 600)):
+        monkeypatch.setattr(languages, name, value)
+    drawn, made = languages._draw(98, 0, 600), machines(languages._pool(98, 1))
+    kinds = [tuple(minimal(machine)) for machine in made]
+    assert 50 < len(set(kinds)) == len(kinds) < languages._languages(drawn)[1].sum()
+
+
 def test_strings_are_walks_and_the_truth_is_that_of_the_automaton() -> None:
     settings = Settings(2, 5, 7, (3, 6), (1, 9))
     tokens, labels = languages.generate(40, 7, 2, first=5, strings=(3, 6), symbols=(1, 9))
