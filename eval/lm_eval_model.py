@@ -146,7 +146,8 @@ class RunLM(TemplateLM):
         """Logits [B, V] after the last token of each row, and the state there. Rows go together as far as the shortest
         goes, then those that are longer."""
         ended: dict[int, tuple[Tensor, State]] = {}
-        open_, at, state = list(range(len(rows))), 0, None
+        open_, at = list(range(len(rows))), 0
+        state: Any = None
         for stop in sorted({len(row) for row in rows}):
             tokens = torch.tensor([rows[i][at:stop] for i in open_], device=self.run.device)
             for piece in tokens.split(PIECE, 1):

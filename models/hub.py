@@ -142,19 +142,24 @@ class PalimpsestForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: for weights that are not all of the model's.
         """
         told = kwargs.pop("output_loading_info", False)
-        model, loaded = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        found: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, loaded = found
         wrong = [f"{what.removesuffix('_keys')} {sorted(map(str, loaded[what]))[0]}" for what in FAULTS if loaded[what]]
         if wrong:
             raise ValueError(f"weights were not those of the configuration; there is {', '.join(wrong)}")
         return (model, loaded) if told else model
 
-    def save_pretrained(
-        self, save_directory: str | Path, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """As :meth:`transformers.PreTrainedModel.save_pretrained`, with the weights under the names of ``MemoryLM``."""
         weights = self.state_dict() if state_dict is None else state_dict
         named = {name.removeprefix("model."): x for name, x in weights.items()}
-        super().save_pretrained(save_directory, *args, state_dict=named, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, named, **kwargs)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The table of the tokens."""
