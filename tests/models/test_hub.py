@@ -151,9 +151,10 @@ def test_the_loss_is_ours(name: str) -> None:
         assert near(sum(halves), ours.loss)
 
 
-def test_the_loss_of_padded_rows() -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_of_padded_rows(side: str) -> None:
     hub, rows = PalimpsestForCausalLM.of(small("titans_lmm")), [text(2, 12)[0], text(2, 12)[1, :7]]
-    tokens, mask = padded(rows)
+    tokens, mask = padded(rows, side)
     alone = [hub(row[None], labels=row[None]).loss for row in rows]
     expected = (alone[0] * 11 + alone[1] * 6) / 17
     for training in (False, True):
