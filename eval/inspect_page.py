@@ -12,7 +12,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; mar
 #told { font: 13px/1.4 ui-monospace, monospace; min-height: 3em; margin: .4em 0 0; white-space: pre-wrap }
 #scale { display: inline-block; margin-left: 1em } .key { padding: 0 .5em; margin-right: .3em; border-radius: 2px }
 #text span.asked { outline: 2px solid #222 }
-#recall { display: none } #curve { width: 100%; max-width: 760px; height: auto } #curve text { font: 11px system-ui }
+#recall { display: none } #curve { display: block; width: 100%; max-width: 760px; height: auto }
+#curve text { font: 11px system-ui }
 canvas { width: 100%; image-rendering: pixelated; border: 1px solid #ddd; margin-top: .6em; display: none }
 """
 
@@ -125,7 +126,7 @@ function drawRecall() {
   const low = Math.min(0, ...all), high = Math.max(0.1, ...all);
   const up = y => 10 + (high - y) / (high - low) * (height - bottom - 10);
   curve.replaceChildren();
-  for (const y of [low, 0, high / 2, high]) {
+  for (const y of new Set([low, 0, high / 2, high])) {
     draw("line", {x1: left, x2: width - 12, y1: up(y), y2: up(y), stroke: "#ddd"});
     draw("text", {x: left - 6, y: up(y) + 4, "text-anchor": "end"}, y.toFixed(2));
   }

@@ -31,7 +31,7 @@ def recall(model: MemoryLM, tokens: Tensor, marks: Sequence[int]) -> dict[str, T
     for i, block in enumerate(model.blocks):
 
         def ask(module: nn.Module, args: tuple[Any, ...], layer: int = i) -> None:
-            told = module.recall(args[0], marks)  # type: ignore[operator]
+            told = module.recall(args[0], marks)
             if told is not None:
                 found[f"layer.{layer}"] = told
 

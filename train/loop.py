@@ -30,6 +30,7 @@ from typing_extensions import Self
 
 from ..models import MemoryLM, Output, build
 from . import launch, optim, parallel
+from .board import GROUP, sample
 from .checkpoint import Checkpointer, step_of
 from .config import RunConfig
 from .data import Corpus
@@ -39,6 +40,9 @@ from .parallel import World
 from .split import IGNORE, Batch, Split, derive
 
 logger = logging.getLogger("palimpsest.train")
+
+SAMPLE = 64
+"""Tokens of a text that a model writes as training goes."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -171,6 +175,7 @@ class Run:
                 record |= self.diagnose(batches[0])
             if self.held_out is not None and (_due(self.step, settings.validate_every) or self.step == settings.steps):
                 record |= self.validate(self.held_out)
+                self.write_sample()
             if log or len(record) > 4:
                 record |= {"tokens_per_second": speed, "peak_memory": peak_memory(self.world.device)}
                 if self.peak is not None:
@@ -257,9 +262,27 @@ class Run:
             )
 
     def diagnose(self, batch: Batch) -> Record:
-        """What the memory layers do on a few rows of this step's batch; {} for a model without memory."""
+        """What the memory layers do on a few rows of this step's batch, {} for a model without memory; of every token
+        as histograms on TensorBoard."""
+        tokens = batch.tokens[:4, : self.settings.seq_len].to(self.world.device)
         with parallel.evaluation(self.core), self.autocast, torch.compiler.set_stance("force_eager"):
-            return dict(self.core.diagnostics(batch.tokens[:4, : self.settings.seq_len].to(self.world.device)))
+            found = dict(self.core.diagnostics(tokens))
+            each = self.core.observe(tokens) if self.settings.tensorboard else {}
+        if self.metrics is not None and self.metrics.board is not None:
+            self.metrics.board.histograms(each, self.step)
+        return found
+
+    def write_sample(self) -> None:
+        """A text by the model as it is, on TensorBoard; nothing of a task, whose tokens are none."""
+        if not self.settings.tensorboard or not isinstance(self.corpus, Corpus):
+            return
+        tokenizer, prompt = self.corpus.tokenizer, self.config.eval.prompt
+        ids = [tokenizer.separator, *tokenizer.encode(prompt)]
+        with parallel.evaluation(self.core), self.autocast, torch.compiler.set_stance("force_eager"):
+            seed = derive(self.config.seed, self.step, 4) >> 1
+            said = sample(self.core, ids, SAMPLE, seed, tokenizer.vocab_size)
+        if self.metrics is not None and self.metrics.board is not None:
+            self.metrics.board.text("sample", prompt + tokenizer.decode(said), self.step)
 
     def validate(self, split: Split | ExampleSplit) -> Record:
         """Held-out loss (nats per token) and bits per byte, on the same first batches each time; or, of a task, the
@@ -268,9 +291,11 @@ class Run:
         count = split.batches(batch_size=settings.batch_size, seq_len=settings.seq_len)
         if isinstance(split, Split):
             count = min(settings.validation_batches, count)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes, right answers
+        spans = _groups_of(split, settings.batch_size)
+        # Of each group: nats, targets, bytes, right answers.
+        sums = torch.zeros(len(spans), 4, dtype=torch.float64, device=self.world.device)
         with parallel.evaluation(self.model), self.autocast:
-            for batch in (batch for index in range(count) for batch in self.share(split, index)):
+            for number, batch in ((i, batch) for i in range(count) for batch in self.share(split, i)):
                 output = self.forward(batch, reduction="none")
                 assert output.loss is not None and output.valid is not None
                 size = split.bytes_of(batch.targets).sum().to(sums)
@@ -278,13 +303,17 @@ class Run:
                 if isinstance(split, ExampleSplit):
                     batch = batch.to(self.world.device)
                     right = answered(self.model(batch.tokens, return_state=False).logits, batch.targets)[0]
-                sums += torch.stack([output.loss.double().sum(), output.valid.double(), size, right.double()])
-        nats, valid, size, right = parallel.total(sums).tolist()
+                place = next(i for i, (_, stop) in enumerate(spans) if number < stop)
+                sums[place] += torch.stack([output.loss.double().sum(), output.valid.double(), size, right.double()])
+        sums = parallel.total(sums)
+        nats, valid, size, right = sums.sum(0).tolist()
         self.validation_loss = nats / max(valid, 1)
         if isinstance(split, ExampleSplit):
             share = right / max(valid, 1)
             self.progress.say(f"step {self.step}  validation loss {self.validation_loss:.4f}  {share:.4f} right")
-            return {"validation_loss": self.validation_loss, "validation_accuracy": share}
+            rows = zip(spans, sums.tolist(), strict=True)
+            each = {f"{GROUP}{name}": row[3] / row[1] for (name, _), row in rows if row[1]}
+            return {"validation_loss": self.validation_loss, "validation_accuracy": share, **each}
         bits = nats / math.log(2) / max(size, 1)
         self.progress.say(f"step {self.step}  validation loss {self.validation_loss:.4f}  {bits:.4f} bits per byte")
         return {"validation_loss": self.validation_loss, "validation_bits_per_byte": bits}
@@ -312,6 +341,17 @@ class Run:
             whole.load_state_dict(weights, assign=True)
             whole.save(self.folder, self.config.plain())
         parallel.broadcast(None)
+
+
+def _groups_of(split: Split | ExampleSplit, batch_size: int) -> list[tuple[str, float]]:
+    """The groups of a task's validation by name, each with the number of the first batch behind it; else one of all."""
+    if isinstance(split, Split):
+        return [("", math.inf)]
+    found, stop = [], 0
+    for group in split.groups:
+        stop += -(-group.count // batch_size)
+        found.append((group.name, float(stop)))
+    return found
 
 
 def _due(step: int, every: int) -> bool:

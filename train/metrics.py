@@ -15,6 +15,8 @@ from typing import Any, TextIO
 import torch
 from typing_extensions import Self
 
+from .board import Board
+
 logger = logging.getLogger("palimpsest.train")
 
 Record = dict[str, Any]
@@ -35,40 +37,34 @@ class MetricLog:
     ):
         self.path = folder / "metrics.jsonl"
         self.listener = listener
-        kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+        kept = [record for record in read_metrics(folder) if record["step"] <= step]
         beside = self.path.with_name(".metrics.jsonl")
-        beside.write_text("".join(kept), encoding="utf-8")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         beside.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8")
-        self.events = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.board = Board(folder, step, kept) if tensorboard else None
 
     def write(self, record: Record) -> None:
-        """Append one record; its numbers go to TensorBoard under their keys."""
+        """Append one record; its numbers go to TensorBoard too."""
         record = {key: _finite(value) for key, value in record.items()}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()  # a killed process loses nothing that is flushed
-        if self.events is not None:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, int | float):
-                    self.events.add_scalar(key, value, record["step"])
+        if self.board is not None:
+            self.board.numbers(record)
         if self.listener is not None:
             self.listener(record)
 
     def sync(self) -> None:
         """Make what is written durable; before a checkpoint, so that no checkpoint is ahead of its metrics."""
         os.fsync(self.file.fileno())
-        if self.events is not None:
-            self.events.flush()
+        if self.board is not None:
+            self.board.flush()
 
     def close(self) -> None:
         """Flush and close both."""
         self.file.close()
-        if self.events is not None:
-            self.events.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def read_metrics(folder: str | Path) -> list[Record]:

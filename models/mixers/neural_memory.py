@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,14 +256,14 @@ class MemoryLayer(Mixer):
     def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor:
         """See :class:`Mixer`: cos(M(k_t; W_n), v_t)."""
         _, k, v, _, _ = self._write_inputs(x, None, None, False)
-        written = (k, k, v, *self.gates(x))
+        written: tuple[Any, ...] = (k, k, v, *self.gates(x))
         weights: list[Tensor] | LayerState = self.start()
         state, done, found = None, 0, []
         for mark in marks:
             if mark > done:
-                part = (None if y is None else y[:, done:mark] for y in written)
+                part: list[Any] = [None if y is None else y[:, done:mark] for y in written]
                 options = {"weights": self.start(), "spec": self.spec, "norm": self.norm, "state": state}
-                _, state = neural_memory(*part, **options, return_state=True)
+                _, state = neural_memory(*part, **options, return_state=True)  # type: ignore[arg-type]
                 assert state is not None
                 weights, done = [state[name] for name in self.weight_names], mark
             o = neural_memory_read(k, weights=weights, spec=self.spec, norm=self.norm)

@@ -182,14 +182,18 @@ ECHO = """
 import torch
 from palimpsest.train.examples import Group, Task
 
-def task(vocabulary=16):
+def task(vocabulary=16, never=False):
     def read(start, some):
         tokens = (torch.arange(8) * 5 + torch.arange(start, start + some)[:, None] * 3) % vocabulary
         labels = (tokens + 1) % vocabulary
         labels[:, ::2] = -100
         return tokens, labels
     groups = [Group("echo", 8, 48, read)]
-    return Task("echo", vocabulary, groups, groups, groups)
+    def wrong(start, some):
+        tokens, labels = read(start, some)
+        return tokens, torch.where(labels < 0, labels, (labels + 1) % vocabulary)
+    held = [Group("echo", 8, 20, read), Group("never", 8, 10, wrong)] if never else groups
+    return Task("echo", vocabulary, groups, held, groups)
 """
 
 
@@ -221,6 +225,16 @@ def test_a_run_learns_a_task_and_says_how_much_is_right(echo, tmp_path) -> None:
     first, last = (record for record in read_metrics(tmp_path / "run") if "validation_loss" in record)
     assert first["validation_accuracy"] <= last["validation_accuracy"] and last["validation_accuracy"] > 0.95
     assert last["validation_loss"] < first["validation_loss"] and "validation_bits_per_byte" not in last
+
+
+def test_validation_tells_each_group_apart(echo, tmp_path) -> None:
+    config = echo(steps=60, validate_every=30)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"options": {"never": True}})})
+    train(config)
+    last = read_metrics(tmp_path / "run")[-1]
+    each = {name: last[f"validation_accuracy/{name}"] for name in ("echo", "never")}
+    assert each["echo"] > 0.95 and each["never"] < 0.05
+    assert last["validation_accuracy"] == pytest.approx((20 * each["echo"] + 10 * each["never"]) / 30, rel=1e-12)
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(echo) -> None:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import STEPS, learnt
 
 from palimpsest.models import load
@@ -39,10 +40,17 @@ def test_a_run_in_process_leaves_everything_and_sums_it_up(content, tmp_path, ca
         assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory"} <= record.keys()
         assert record["tokens_per_second"] > 0 and 0 < record["mfu"] < 1.5 and record["peak_memory"] > 10**7
         assert ("validation_loss" in record) == (record["step"] in (6, 12, 16))
-        for name in ("retention", "momentum", "step", "loss_before", "loss_after", "state_norm"):
+        for name in ("retention", "momentum", "step", "loss_before", "loss_after", "state_norm", "gate"):
             assert (f"layer.1/{name}" in record) == (record["step"] % 5 == 0)
     assert summary.loss == heard[-1]["loss"] < heard[0]["loss"]
     assert summary.validation_loss == heard[-1]["validation_loss"]
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    texts = events.Tensors("sample/text_summary")
+    assert [event.step for event in texts] == [6, 12, 16]
+    assert all(event.tensor_proto.string_val[0].startswith(b"    def ") for event in texts)
+    assert [event.step for event in events.Histograms("layer.1/gate")] == [5, 10, 15]
+    assert events.Histograms("layer.1/retention")[0].histogram_value.num == 4 * 16
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if "ETA" in line] == ["4/16", "8/16", "12/16", "16/16"]
     again = train(read(content, train__log_every=4, train__tensorboard=True))

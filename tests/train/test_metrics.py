@@ -3,12 +3,13 @@
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from palimpsest.train import metrics
+from palimpsest.train import board, metrics
 from palimpsest.train.metrics import MetricLog, Progress, read_metrics
 
 
@@ -57,6 +58,72 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
     assert events.Tags()["scalars"] == ["loss"]
+
+
+def events_of(folder):
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    found.Reload()
+    return found
+
+
+def test_texts_histograms_and_the_figure_of_a_task_are_on_tensorboard(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in (1, 2):
+        log.write({"step": step, "loss": 1.0, "validation_accuracy/8x2": step / 4, "validation_accuracy/16x2": 0.1})
+    log.board.text("sample", "def f():\n\treturn <b>", 2)
+    numbers = torch.tensor([[0.5, math.nan, 0.25], [0.5, math.inf, 0.5]])
+    log.board.histograms({"gate": numbers, "shares": torch.ones(1, 2, 3), "nothing": numbers[:, 1:2]}, 2)
+    log.close()
+    found = events_of(tmp_path)
+    assert found.Tags()["histograms"] == ["gate"] and found.Tags()["images"] == ["accuracy by group"]
+    histogram = found.Histograms("gate")[0].histogram_value
+    assert (histogram.num, histogram.min, histogram.max) == (4, 0.25, 0.5)
+    (text,) = found.Tensors("sample/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "    def f():\n        return <b>"
+    pictures = found.Images("accuracy by group")
+    assert [picture.step for picture in pictures] == [1, 2] and pictures[0].width == 640
+    assert pictures[0].encoded_image_string != pictures[1].encoded_image_string
+
+
+def test_the_figure_of_a_resumed_run_begins_at_its_beginning(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(board, "accuracy_figure", lambda history: drawn.append([dict(h) for h in history]))
+    for start, steps in ((0, (1, 2, 3)), (2, (3,))):
+        log = MetricLog(tmp_path, step=start)
+        for step in steps:
+            log.write({"step": step, "validation_accuracy/a": step + start / 10})
+        log.close()
+    assert drawn[-1] == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}, {"step": 3, "a": 3.2}]
+
+
+def test_what_tensorboard_cannot_write_is_loud_once_and_the_numbers_go_on(tmp_path, caplog):
+    log = MetricLog(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    log.board.events.add_scalar = full
+    for step in (1, 2):
+        log.write({"step": step, "loss": 1.0, "lr": 0.1})
+        log.board.text("sample", "x", step)
+        log.sync()
+    log.close()
+    assert caplog.text.count("TENSORBOARD NOT WRITTEN") == 1 and "No space left on device" in caplog.text
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_sample_is_drawn_from_the_models_own_chances():
+    class Model(torch.nn.Linear):
+        def forward(self, tokens, state=None, return_state=None):
+            seen.append(tokens.tolist())
+            logits = torch.full((*tokens.shape, 4), -math.inf)
+            logits[..., -1, (tokens[0, -1] + 1) % 4] = 0.0
+            return SimpleNamespace(logits=logits, state=None)
+
+    seen = []
+    assert board.sample(Model(1, 1), [3, 1], 5, seed=7) == [2, 3, 0, 1, 2]
+    assert seen == [[[3, 1]], [[2]], [[3]], [[0]], [[1]]]
+    assert board.sample(Model(1, 1), [1], 3, seed=7, vocabulary=3) == [2, 0, 1]  # of no chances at all: 0
 
 
 def test_a_listener_hears_each_record(tmp_path):
