@@ -2,6 +2,7 @@
 
 report    costs, floors and compiled kernels of every operation; no GPU needed
 budgets   compile every kernel for GPUs that need not be there, and compare with what each may use
+variants  compile what the operations list beyond their plans: does any of it spill
 bench     times beside the reference, chunked torch and other packages
 compare   two result files of bench, with a threshold
 canaries  every kernel's canary with every configuration; GPU, or the interpreter
@@ -12,11 +13,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, budgets, canaries, compare, gpu, report
+from . import bench, budgets, canaries, compare, gpu, report, variants
 
 COMMANDS = {
     "report": report,
     "budgets": budgets,
+    "variants": variants,
     "bench": bench,
     "compare": compare,
     "canaries": canaries,

@@ -17,12 +17,12 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,8 @@ def specialise(
         raise RuntimeError(f"kernels are interpreted here; compile in a process without {VARIABLE}")
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch was {arch!r}; it must be one of {sorted(MULTIPROCESSORS)}")
-    from triton.runtime.jit import create_function_from_signature
-
     function = kernel.function
-    binder = create_function_from_signature(function.signature, function.params, _backend(arch))
-    bound, found, _ = binder(**arguments, **constants, **dict(config.blocks))
+    bound, found, _ = _binder(kernel, arch)(**arguments, **constants, **dict(config.blocks))
     values = list(bound.values())
     return Job(
         kernel=kernel.name,
@@ -126,6 +123,15 @@ def specialise(
             (i, what) for i, (kind, what) in enumerate(found) if kind != "constexpr" and isinstance(what, str)
         ),
     )
+
+
+@cache
+def _binder(kernel: Kernel, arch: int) -> Callable[..., Any]:
+    """What Triton binds a kernel's arguments with; it is made by compiling Python, which takes longer than its use."""
+    from triton.runtime.jit import create_function_from_signature
+
+    function = kernel.function
+    return create_function_from_signature(function.signature, function.params, _backend(arch))
 
 
 def specialise_launch(launch: Launch, arch: int, config: Config | None = None) -> Job:
@@ -223,14 +229,13 @@ def _read(made: Mapping[Job, _Binary], arch: int) -> dict[Job, Facts]:
     from triton import knobs
 
     found = {}
-    codes = [sass.instructions(binary.cubin) for binary in made.values()]
+    codes = [sass.kernel(binary.cubin)[1] for binary in made.values()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code"
         path.write_bytes(b"".join(codes))
         text = _run(knobs.nvidia.nvdisasm.path, "-b", f"SM{arch}{'a' if arch >= 90 else ''}", path)
         for (job, binary), code in zip(made.items(), sass.read(text, [len(code) for code in codes]), strict=True):
-            path.write_bytes(binary.cubin)
-            found[job] = _facts(job, binary, _run(knobs.nvidia.cuobjdump.path, "-res-usage", path), code)
+            found[job] = _facts(job, binary, code)
     for job, facts in found.items():
         cached = made[job].cached
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -240,13 +245,10 @@ def _read(made: Mapping[Job, _Binary], arch: int) -> dict[Job, Facts]:
     return found
 
 
-def _facts(job: Job, binary: _Binary, usage: str, code: sass.Code) -> Facts:
-    """What a kernel's resources, as ``cuobjdump`` prints them, and its instructions come to."""
+def _facts(job: Job, binary: _Binary, code: sass.Code) -> Facts:
+    """What a kernel's resources and its instructions come to."""
     metadata = binary.metadata
-    found = re.search(rf"Function {re.escape(metadata.name)}:\s+REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"no resource usage of {job.kernel} in what cuobjdump printed: {usage[:500]!r}")
-    registers, stack = int(found[1]), int(found[2])
+    registers, stack = sass.resources(binary.cubin)
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0
     programs, limit = occupancy(
         job.arch,

@@ -22,16 +22,18 @@ SHARE = 8  # jobs that a process takes at a time
 Key = tuple[str, str, str, str]
 
 
-def discover(modules: Collection[str] = ()) -> dict[str, Callable[[], None]]:
-    """The plans of every operation, or of these modules alone, by ``operation/plan``."""
+def discover(modules: Collection[str] = (), name: str = "PLANS") -> dict[str, Callable[[], None]]:
+    """The plans of every operation, or of these modules alone, by ``operation/plan``; or other calls that a module has
+    under a ``name``."""
     if not modules:
         folders = importlib.import_module(PACKAGE).__path__
-        names = [f"{PACKAGE}.{found.name}.plans" for found in pkgutil.iter_modules(folders) if found.ispkg]
-        modules = [name for name in names if name != __name__ and importlib.util.find_spec(name) is not None]
+        every = [f"{PACKAGE}.{found.name}.plans" for found in pkgutil.iter_modules(folders) if found.ispkg]
+        modules = [module for module in every if module != __name__ and importlib.util.find_spec(module) is not None]
     found = {}
     for module in modules:
         owner = module.removesuffix(".plans").rpartition(".")[2]
-        found.update({f"{owner}/{name}": plan for name, plan in importlib.import_module(module).PLANS.items()})
+        calls = getattr(importlib.import_module(module), name, {})
+        found.update({f"{owner}/{plan}": call for plan, call in calls.items()})
     return found
 
 
@@ -57,20 +59,25 @@ class Entry:
         return self.plan, self.kernel, self.job.configuration, f"sm_{self.job.arch}"
 
 
+def distinct(launches: Sequence[Launch], arch: int) -> Iterator[tuple[str, Launch]]:
+    """The first launch of each specialisation of a kernel, and its name in a table: ``name#2`` is the second one's. A
+    plan launches some of them once for every segment of a sequence."""
+    seen: dict[str, list[Job]] = {}
+    for launch in launches:
+        job = specialise_launch(launch, arch)
+        same = seen.setdefault(launch.kernel.name, [])
+        if job not in same:
+            same.append(job)
+            yield launch.kernel.name + (f"#{len(same)}" if len(same) > 1 else ""), launch
+
+
 def entries_of(plan: str, launches: Sequence[Launch], arches: Sequence[int] = ARCHES) -> Iterator[Entry]:
     """Every kernel of a plan with every configuration, for every architecture; a specialisation counts once."""
+    of_each = list(distinct(launches, arches[0]))
     for arch in arches:
-        seen: dict[str, list[Job]] = {}
-        for launch in launches:
-            configs = launch.kernel.configs(launch.constants)
-            jobs = [specialise_launch(launch, arch, config) for config in configs]
-            same = seen.setdefault(launch.kernel.name, [])
-            if jobs[0] in same:
-                continue
-            same.append(jobs[0])
-            name = launch.kernel.name + (f"#{len(same)}" if len(same) > 1 else "")
-            for i, job in enumerate(jobs):
-                yield Entry(plan, name, i == 0, job)
+        for name, launch in of_each:
+            for i, config in enumerate(launch.kernel.configs(launch.constants)):
+                yield Entry(plan, name, i == 0, specialise_launch(launch, arch, config))
 
 
 def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARCHES) -> tuple[list[Entry], list[str]]:

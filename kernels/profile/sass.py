@@ -30,6 +30,11 @@ _CLASSES = (
     ("branch", re.compile(r"BRA|EXIT|CALL|RET|BSSY|BSYNC|BRX|JMP|YIELD|BREAK|BPT")),
 )  # fmt: skip
 
+# Of .nv.info: the form of an entry after which as many bytes follow as it says, and the two of interest; bytes of a
+# symbol.
+_FOLLOWS, _STACK, _REGISTERS = 0x04, 0x11, 0x2F
+_SYMBOL = 24
+
 
 @dataclass
 class Code:
@@ -55,20 +60,54 @@ def width(modifiers: list[str]) -> str:
     return "32"
 
 
-def instructions(cubin: bytes) -> bytes:
-    """The machine code of a cubin that holds one kernel: what its section ``.text.*`` has, by the ELF's own table.
+def sections(cubin: bytes) -> dict[str, bytes]:
+    """What each section of a cubin, which is an ELF file, holds, by its name."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    every = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    labels = cubin[every[names][4] :]
+    return {labels[s[0] : labels.index(0, s[0])].decode(): cubin[s[4] : s[4] + s[5]] for s in every}
+
+
+def kernel(cubin: bytes) -> tuple[str, bytes]:
+    """Name and machine code of the kernel in a cubin, its section ``.text.*``.
 
     Raises:
         RuntimeError: when there is none, or more than one.
     """
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names = struct.unpack_from("<3H", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    labels = cubin[sections[names][4] :]
-    code = [cubin[s[4] : s[4] + s[5]] for s in sections if labels[s[0] :].startswith(b".text.")]
-    if len(code) != 1:
-        raise RuntimeError(f"a cubin had {len(code)} sections of machine code; it must have one")
-    return code[0]
+    found = {name: held for name, held in sections(cubin).items() if name.startswith(".text.")}
+    if len(found) != 1:
+        raise RuntimeError(f"a cubin had {len(found)} sections of machine code; it must have one")
+    ((name, code),) = found.items()
+    return name.removeprefix(".text."), code
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread of the kernel and bytes of its stack, as ``cuobjdump -res-usage`` has them, which takes a
+    tenth of a second to start.
+
+    They are in ``.nv.info``, a list of (form, what, size) each with so many bytes after it or, in other forms, none;
+    here a function, by its number among the symbols, and its figure. Slow paths of a division are functions too.
+
+    Raises:
+        RuntimeError: when a figure is not there.
+    """
+    held, (name, _) = sections(cubin), kernel(cubin)
+    labels, table, told = held[".strtab"], held[".symtab"], held.get(".nv.info", b"")
+    found: dict[tuple[str, int], int] = {}
+    at = 0
+    while at < len(told):
+        form, what, size = struct.unpack_from("<BBH", told, at)
+        at += 4
+        if form == _FOLLOWS:
+            if what in (_REGISTERS, _STACK):
+                function, figure = struct.unpack_from("<II", told, at)
+                (start,) = struct.unpack_from("<I", table, function * _SYMBOL)
+                found[labels[start : labels.index(0, start)].decode(), what] = figure
+            at += size
+    if (name, _REGISTERS) not in found or (name, _STACK) not in found:
+        raise RuntimeError(f"a cubin told of registers and stacks of {sorted(found)}; it must of {name}")
+    return found[name, _REGISTERS], found[name, _STACK]
 
 
 def read(text: str, sizes: Sequence[int]) -> list[Code]:

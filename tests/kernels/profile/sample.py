@@ -83,3 +83,6 @@ PLANS = {
     "product_one_round": lambda: call_product(rounds=1),
     "crowded": call_crowded,
 }
+
+#: What the plans do not reach: another type, and what spills.
+VARIANTS = {"product_fp16": lambda: call_product(torch.float16), "crowded": call_crowded}

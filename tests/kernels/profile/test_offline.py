@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,45 +17,93 @@ from palimpsest.kernels.profile.gpus import GPUS, MULTIPROCESSORS, find_gpu, occ
 HERE = Path(__file__).parent
 
 SCRIPT = """
-import json, sample
+import json, os, sample, subprocess, sys
 from dataclasses import asdict
+from pathlib import Path
+from triton import knobs
 from palimpsest.kernels.launch import planning
+from palimpsest.kernels.profile import sass
 from palimpsest.kernels.profile.offline import compile_job, compile_jobs, specialise_launch
 
-jobs = {}
+jobs, told, where = {}, [], Path(os.environ["PALIMPSEST_CACHE"])
 for name, plan in sample.PLANS.items():
     with planning() as launches:
         plan()
     for arch in (80, 90, 100) if name == "product_bf16" else (90,):
         jobs[f"{name}/{arch}"] = specialise_launch(launches[0], arch)
+
+def resources(cubin, read=sass.resources):
+    (where / "cubin").write_bytes(cubin)
+    usage = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", where / "cubin"], capture_output=True, text=True)
+    told.append((usage.stdout, read(cubin)))
+    return told[-1][1]
+
+sass.resources = resources
+found = {name: (asdict(job), asdict(compile_job(job))) for name, job in jobs.items()}
+together = {}
+if sys.argv[1:] == ["together"]:
+    os.environ["PALIMPSEST_CACHE"] = str(where / "empty")
+    facts = compile_jobs([*jobs.values()])
+    together = {name: asdict(facts[job]) for name, job in jobs.items()}
+print(json.dumps([found, together, told]))
 """
-ALONE = SCRIPT + "print(json.dumps({name: (asdict(job), asdict(compile_job(job))) for name, job in jobs.items()}))"
-TOGETHER = (
-    SCRIPT
-    + """
-facts = compile_jobs([*jobs.values()])
-print(json.dumps({name: asdict(facts[job]) for name, job in jobs.items()}))
-"""
-)
 
 
-def outside(script: str, cache: Path) -> str:
-    """Run a script in a process whose kernels are not interpreted; what it prints."""
+def outside(cache: Path, *words: str) -> list:
+    """Run the script in a process whose kernels are not interpreted; what it prints."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment |= {"PYTHONPATH": path, "PALIMPSEST_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The sample kernels' jobs and facts, by plan and architecture; compiled, and then found in the cache."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[list]:
+    """Two processes: the second finds in the cache what the first compiled, and compiles it again together."""
     cache = tmp_path_factory.mktemp("cache")
-    first, second = (json.loads(outside(ALONE, cache)) for _ in range(2))
-    assert first == second, "what the cache holds is what was compiled, to the time it took"
-    return first
+    return [outside(cache), outside(cache, "together")]
+
+
+@pytest.fixture(scope="module")
+def compiled(runs: list[list]) -> dict:
+    """The sample kernels' jobs and facts, by plan and architecture."""
+    return runs[0][0]
+
+
+def test_another_process_finds_what_was_compiled(runs: list[list]) -> None:
+    (first, _, told), (second, together, told_again) = runs
+    assert first == second, "to the time it took"
+    assert len(told) == len(first) and len(told_again) == len(together), "only what was compiled together was read"
+
+
+def test_registers_and_stack_are_those_that_cuobjdump_has(runs: list[list]) -> None:
+    """For kernels of all architectures, one of which spills."""
+    for usage, found in runs[0][2]:
+        assert re.search(r"REG:(\d+) STACK:(\d+)", usage).groups() == tuple(map(str, found)), usage
+    assert any(stack for _, (_, stack) in runs[0][2])
+
+
+def test_a_cubin_must_tell_of_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the slow path of a division alone."""
+
+    def entry(what: int, function: int, figure: int) -> bytes:
+        return struct.pack("<BBHII", 4, what, 8, function, figure)
+
+    names, other = b"\0slow\0k\0", struct.pack("<BBH", 3, 0x2F, 7)  # has its value in place of a size
+    slow, own = entry(0x11, 0, 8) + entry(0x2F, 0, 20), (entry(0x11, 1, 16), entry(0x2F, 1, 40))
+    symbols = b"".join(struct.pack("<I20x", names.index(name)) for name in (b"slow", b"k\0"))
+    held = {".text.k": b"", ".strtab": names, ".symtab": symbols, ".nv.info": other + slow + own[0] + own[1]}
+    monkeypatch.setattr(sass, "sections", lambda cubin: held)
+    assert sass.resources(b"") == (40, 16)
+    for wrong in (slow, slow + own[0], slow + own[1]):
+        held[".nv.info"] = wrong
+        with pytest.raises(RuntimeError, match="told of registers and stacks of .*; it must of k"):
+            sass.resources(b"")
+    held[".text.other"] = b""
+    with pytest.raises(RuntimeError, match="a cubin had 2 sections of machine code; it must have one"):
+        sass.kernel(b"")
 
 
 def test_arguments_become_types_constants_and_attributes(compiled: dict) -> None:
@@ -128,9 +178,9 @@ def test_kernels_that_are_read_together_stay_apart() -> None:
     )
 
 
-def test_what_is_compiled_together_is_what_is_compiled_alone(compiled: dict, tmp_path: Path) -> None:
+def test_what_is_compiled_together_is_what_is_compiled_alone(compiled: dict, runs: list[list]) -> None:
     """Jobs of all architectures in turn, so that the machine code of each is read among that of others."""
-    together = json.loads(outside(TOGETHER, tmp_path))
+    together = runs[1][1]
     assert set(together) == set(compiled)
     for name, (_, alone) in compiled.items():
         assert {**together[name], "seconds": 0} == {**alone, "seconds": 0}, name
