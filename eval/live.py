@@ -25,11 +25,11 @@ def last_record(path: Path | None) -> dict[str, Any] | None:
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
-        lines = file.read().split(b"\n")[:-1]  # the last is empty, or cut short
+        lines = file.read().split(b"\n")
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # where the tail begins in the middle of a line
+        except json.JSONDecodeError:  # empty; cut short; or where the tail begins, in the middle of a line
             continue
         if record.get("step") is not None and record.get("loss") is not None:
             return record

@@ -273,6 +273,9 @@ def test_arms_may_have_bases_of_their_own_and_widths_are_solved_for(tmp_path: Pa
     near = {**content["arms"], "state": {"model.mixer.heads": 2, "match": {"by": "state_bytes", "to": 4000}}}
     with pytest.raises(ConfigError, match=r"arm 'state': model\.dim = 64 gave 4,112 state bytes, the nearest"):
         ablate.plan(ablate.Ablation.model_validate({**content, "arms": near}), tmp_path)
+    bases = {"a": {"base": "tiny/transformer"}, "b": {}}
+    kinds = ablate.plan(ablate.Ablation(name="t", base="tiny/titans_lmm", arms=bases, seeds=[0]), tmp_path)
+    assert [run.config.model.mixer[0].kind for run in kinds] == ["attention", "neural_memory"]
     chain = {**content["arms"], "as it is": {"match": {"to": "plain"}}}
     path = tmp_path / "chain.yaml"
     path.write_text(yaml.safe_dump({**content, "arms": chain}))

@@ -9,7 +9,7 @@ import torch
 from palimpsest.configs import HERE
 from palimpsest.models import build, describe
 from palimpsest.models.config import ConfigError
-from palimpsest.models.describe import count, flops_per_token, main, outline, read, state_of
+from palimpsest.models.describe import count, main, outline, read, state_of
 
 TINY = sorted(path.stem for path in (HERE / "tiny").glob("*.yaml"))
 SMALL = {"vocab_size": 32, "dim": 16, "layers": 3, "ffn_hidden": 24}
@@ -68,7 +68,7 @@ def test_everything_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert found.parameters == count(model) == 32 * 16 + 3 * (2 * 16 + 48 * 16 + 16 * 16 + 48 * 16 + 16 * 24) + 16
     # k and v of 10 tokens, float32; the count and the position of each layer, int32; the sequence's position, int64.
     assert found.state_bytes == 3 * (2 * 10 * 16 * 4 + 2 * 4) + 8
-    assert found.flops_per_token == flops_per_token(model, 10) and found.head_flops_per_token == 6 * 16 * 32
+    assert found.flops_per_token == model.flops_per_token(10) and found.head_flops_per_token == 6 * 16 * 32
     assert found.seq_len == 10 and found.active_parameters == found.parameters
     for line in (
         "state bytes, one sequence of 10 tokens",
