@@ -31,11 +31,11 @@ def recall(model: MemoryLM, tokens: Tensor, marks: Sequence[int]) -> dict[str, T
     for i, block in enumerate(model.blocks):
 
         def ask(module: nn.Module, args: tuple[Any, ...], layer: int = i) -> None:
-            told = module.recall(args[0], marks)
+            told = module.recall(args[0], marks)  # type: ignore[operator]
             if told is not None:
                 found[f"layer.{layer}"] = told
 
-        handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr, operator]
+        handles.append(block.mixer.register_forward_pre_hook(ask))  # type: ignore[union-attr]
     try:
         model(tokens, return_state=False, targets=torch.zeros_like(tokens))
     finally:
