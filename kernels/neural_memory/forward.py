@@ -55,15 +55,32 @@ def constants_of(
     }
 
 
-def state_configs(constants: Mapping[str, Any]) -> list[Config]:
+def small(constants: Mapping[str, Any]) -> bool:
+    """Whether a program needs few registers; of 255 the compiler then gives a thread fewer than it needs, and spills,
+    unless there are fewer warps."""
+    return bool(constants["DEEP"]) and constants["D"] * constants["F"] <= 4096
+
+
+def walk_configs(constants: Mapping[str, Any]) -> list[Config]:
     """Narrow blocks of hidden units, which spill least; eight warps hold the most registers."""
-    return [Config((("BF", 16),), 8, 1)]
+    return [Config((("BF", 16),), max(4, constants["C"] // 8) if small(constants) else 8, 1)]
+
+
+def state_configs(constants: Mapping[str, Any]) -> list[Config]:
+    """As all that walks; with fewer warps yet for steps of 16, and for a linear memory with narrow heads."""
+    if small(constants) and constants["C"] == 16:
+        return [Config((("BF", 16),), 2, 1)]
+    if not constants["DEEP"] and constants["D"] <= 32:
+        return [Config((("BF", 16),), 4, 1)]
+    return walk_configs(constants)
 
 
 def step_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Where programs are many: four warps, of which each has 16 rows of a step to itself; for wide heads also eight,
-    with which some memories spill on Ampere, as others do with four elsewhere."""
-    return [Config((("BF", 16),), warps, 1) for warps in ((8, 4) if constants["D"] > 64 else (4,))]
+    """Where programs are many: four warps, of which each has 16 rows of a step to itself; for few hidden units eight,
+    where four are given too few registers; for wide heads either, of which some memories spill with eight on Ampere,
+    as others do with four elsewhere."""
+    few = constants["F"] <= 64 and constants["C"] >= 32
+    return [Config((("BF", 16),), warps, 1) for warps in ((8, 4) if constants["D"] > 64 else (8,) if few else (4,))]
 
 
 def pairs_of(constants: Mapping[str, Any]) -> Pairs:

@@ -49,7 +49,7 @@ def plan(*, width: int = 64, packed: bool = False, **choices: Any) -> Callable[[
 
 
 #: At the H200 shape (batch 8, 4096 tokens, 16 heads of 64, bfloat16) unless a name says otherwise: f is the hidden
-#: width, c the chunk, d the head's width. Every pair of choices occurs together in some plan.
+#: width, c the chunk, d the head's width.
 PLANS: dict[str, Callable[[], None]] = {
     "mlp_f256_c64_bf16": plan(),
     "linear_c16_dot_gd_packed_bf16": plan(
@@ -78,4 +78,30 @@ PLANS: dict[str, Callable[[], None]] = {
         read_after_write=False,
     ),
     "mlp_f256_decode_bf16": partial(call, MemorySpec(), length=1, decode=True),
+}
+
+#: With the plans, every pair of the memory's choices: which network, widths, LayerNorm, residual, bias, decay, rule,
+#: chunk, order of read and write, packed or not. Too many to compile in a test;
+#: `python -m palimpsest.kernels.profile variants --only neural_memory` does.
+VARIANTS: dict[str, Callable[[], None]] = {
+    "mlp_f64_c64_bf16": plan(expansion=1),
+    "mlp_f64_c32_plain_late_bf16": plan(
+        expansion=1, norm=False, residual=False, retention="none", chunk_size=32, read_after_write=False
+    ),
+    "linear_d32_c64_dot_gd_late_packed_bf16": plan(
+        width=32, packed=True, network="linear", bias="dot", retention="none", rule="gd", read_after_write=False
+    ),
+    "linear_d32_c128_norm_bf16": plan(width=32, network="linear", norm=True, chunk_size=128),
+    "mlp_d32_f32_c16_bf16": plan(width=32, expansion=1, retention="none", chunk_size=16),
+    "mlp_d32_f128_c32_plain_gd_bf16": plan(width=32, norm=False, retention="none", rule="gd", chunk_size=32),
+    "mlp_f256_c256_dot_bf16": plan(bias="dot", retention="none", chunk_size=256),
+    "mlp_d128_f512_c16_plain_late_packed_bf16": plan(
+        width=128,
+        packed=True,
+        norm=False,
+        residual=False,
+        retention="none",
+        chunk_size=16,
+        read_after_write=False,
+    ),
 }

@@ -1,6 +1,7 @@
 """The Triton kernels of neural memory over all choices: every pair of them occurs together in one row of ``ARRAY``."""
 
 from functools import partial
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from triton_checks import check_configurations
 from palimpsest.kernels import MemorySpec, neural_memory
 from palimpsest.kernels.launch import planning
 from palimpsest.kernels.neural_memory.forward import step_length
+from palimpsest.kernels.neural_memory.plans import PLANS, VARIANTS
 
 #: network, depth, expansion, norm, residual, bias, retention, rule, chunk_size, read_after_write; packed, warm state.
 ARRAY = [
@@ -74,6 +76,29 @@ def test_chunks_of_wide_heads_are_taken_in_steps() -> None:
     spec = MemorySpec(expansion=1, chunk_size=64)
     assert step_length(spec, 128) == 32
     check_equals_reference(case_of(spec, width=128), "triton", torch.float32, 70, packed=True, warm=True)
+
+
+def choices_of(call: Any) -> dict[str, Any]:
+    """What a plan calls; chunks of more than one step as one."""
+    spec = call.args[0]
+    given = {name: getattr(spec, name) for name in (*FIELDS, "expansion") if name not in ("depth", "chunk_size")}
+    if spec.network == "linear":
+        del given["expansion"]
+    return given | {"chunk": min(spec.chunk_size, 128), **call.keywords}
+
+
+def test_every_pair_of_choices_is_in_a_plan_or_variant() -> None:
+    """What compiles for GPUs that are not here; of hidden widths the least and the largest documented."""
+    rows = [choices_of(call) for name, call in (PLANS | VARIANTS).items() if "decode" not in name]
+    values = {name: {row[name] for row in rows if name in row} for row in rows for name in row}
+    assert values["width"] == {32, 64, 128} and values["chunk"] == {16, 32, 64, 128} and values["expansion"] == {1, 4}
+    assert all(len(found) > 1 for found in values.values()), values
+    for one, other in combinations(values, 2):
+        linear = {
+            (x, y) for x in values[one] for y in values[other] if "linear" in (x, y) and "expansion" in (one, other)
+        }
+        found = {(row[one], row[other]) for row in rows if one in row and other in row}
+        assert set(product(values[one], values[other])) == found | linear, (one, other)
 
 
 @pytest.mark.parametrize("row", [ARRAY[0], ARRAY[2], ARRAY[5], ARRAY[8]], ids=lambda row: "-".join(map(str, row)))
