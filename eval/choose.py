@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from ..models.config import parse_override
 from ..train.examples import open_task, scores
@@ -91,6 +92,15 @@ def settings(name: str, told: Mapping[str, Any], given: Mapping[str, Any]) -> An
         raise ValueError(f"option {place} was {first['input']!r}: {first['msg']}") from None
 
 
+def _carried(model: Any, tokens: Tensor, width: int) -> int:
+    """Bytes of the state after tokens [1, T], read ``width`` at a time."""
+    state, device = None, next(model.parameters()).device
+    for piece in tokens.split(width, dim=1):
+        state = model(piece.to(device), state=state, return_state=True).state
+    assert state is not None
+    return state.bytes
+
+
 @torch.no_grad()
 def examples(
     model: Any, name: str, trained_on: Mapping[str, Any], given: Mapping[str, Any], tokens: int = 4096
@@ -108,17 +118,15 @@ def examples(
     have = model.config.vocab_size
     if have < task.vocab_size:
         raise ValueError(f"task {name!r} needs a vocabulary of {task.vocab_size}; the model's has {have}")
-    device = next(model.parameters()).device
     groups = []
     for group in task.test:
-        one, _ = group.read(0, 1)
         groups.append(
             {
                 "name": group.name,
                 "length": group.length,
                 "examples": group.count,
                 **scores(model, group, tokens=tokens, stream=given.get(STREAM)),
-                "state_bytes": model(one.to(device), return_state=True).state.bytes,
+                "state_bytes": _carried(model, group.read(0, 1)[0], given.get(STREAM) or group.length),
             }
         )
     return {"options": made, "stream": given.get(STREAM), "groups": groups}

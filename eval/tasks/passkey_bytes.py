@@ -1,8 +1,8 @@
 """Passkey in bytes, as examples to train on: a number said once inside filler text, and asked for at the end.
 
-The texts are those of :mod:`~.passkey`, the number between sentences that repeat for ever, at a depth drawn anew for each.
-Every one of its seven digits has a label, the digits before it being shown. ``exact`` is the share of examples of which
-all seven are right, which is when the number would have been written in full. Chance is 0.1 a digit.
+The texts are those of :mod:`~.passkey`: the number stands between sentences that repeat for ever, at a depth drawn anew
+for each. All of its seven digits have a label, the digits before being shown. ``exact`` is the share of examples of
+which all seven are right, which is when the number would have been written in full. Chance is 0.1 a digit.
 
 A worked example, ``generate(200, 1)``, its bytes as text; it ends before the last digit, and the labels of the last
 seven tokens are ``5757234``::

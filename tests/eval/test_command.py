@@ -14,6 +14,7 @@ from palimpsest.eval import __main__ as command
 from palimpsest.eval import choose, harness, plots, report
 from palimpsest.eval.tasks import mqar
 from palimpsest.kernels import backend
+from palimpsest.models import MemoryLM
 from palimpsest.train.examples import scores
 
 SMALL = ("--factor", "8", "--tokens", "2048", "--examples", "1", "--batch", "2", "--device", "cpu")
@@ -180,14 +181,18 @@ def test_text_tasks_are_chosen_by_name_with_their_options(run_folder, tmp_path, 
         assert words in said
 
 
-def test_a_run_trained_on_a_task_is_asked_its_own(make_run, tmp_path, capsys):
+def test_a_run_trained_on_a_task_is_asked_its_own(make_run, tmp_path, capsys, monkeypatch):
     options = {name: [[16, 2, 5]] for name in ("train", "validation")} | {"test": [[16, 2, 7], [24, 4, 3]]}
     folder, out = make_run(tmp_path / "pairs", documents=1), tmp_path / "out"
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text())
     task = {"source": "task", "path": None, "task": "mqar", "options": options | {"vocabulary": 64}}
     path.write_text(yaml.safe_dump(config | {"data": config["data"] | task}))
-    assert command.main([str(folder), "--out", str(out), "--set", "mqar.seed=5", "--set", "mqar.stream=8"]) == 0
+    forward, widest = MemoryLM.forward, []
+    with monkeypatch.context() as spying:
+        spying.setattr(MemoryLM, "forward", lambda m, x, **o: (widest.append(x.shape[1]), forward(m, x, **o))[1])
+        assert command.main([str(folder), "--out", str(out), "--set", "mqar.seed=5", "--set", "mqar.stream=8"]) == 0
+    assert max(widest) == 8
     result = json.loads((out / "eval.json").read_text())["tasks"]["mqar"]
     assert result["options"] == options | {"vocabulary": 64, "seed": 5} and result["stream"] == 8
     opened, group = harness.open_run(folder, torch.device("cpu")), mqar.task(**result["options"]).test[1]
