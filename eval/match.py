@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from ..models.config import ConfigError, ModelConfig, Strict, apply_overrides
-from ..models.describe import count, flops_per_token, outline, read, state_of
+from ..models.describe import count, outline, read, state_of
 from ..models.strict import Count, Positive
 
 Measure = Literal["parameters", "flops", "state_bytes"]
@@ -76,7 +76,7 @@ def _size(config: str, seq_len: int, by: Measure) -> float:
         return count(model)
     if by == "state_bytes":
         return state_of(model, seq_len).bytes
-    return flops_per_token(model, seq_len) - 6 * model.config.dim * model.config.vocab_size
+    return model.flops_per_token(seq_len) - 6 * model.config.dim * model.config.vocab_size
 
 
 def width_of(config: ModelConfig, ask: Match) -> tuple[str, int]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..configs import find_config
 from ..kernels.backend import log_once
@@ -92,7 +91,7 @@ def describe(config: str | Path | Mapping[str, Any], **overrides: Any) -> Descri
         parameters=count(model),
         active_parameters=model.active_parameters(),
         state_bytes=state.bytes,
-        flops_per_token=flops_per_token(model, seq_len),
+        flops_per_token=model.flops_per_token(seq_len),
         head_flops_per_token=6.0 * told.dim * told.vocab_size,
         seq_len=seq_len,
         tree="\n".join([*_modules("model", model), f"state {state.bytes:,} bytes", *_state(state)]),
@@ -130,16 +129,6 @@ def state_of(model: MemoryLM, seq_len: int) -> State:
     state = model(_tokens(model, seq_len)).state
     assert state is not None
     return state
-
-
-def flops_per_token(model: MemoryLM, seq_len: int) -> float:
-    """Of a forward and backward, the output head's included; see :meth:`.MemoryLM.flops_per_token`."""
-    if all(getattr(mixer, "cut", None) is None for mixer in model.config.mixer):
-        return model.flops_per_token(seq_len)
-    tokens = _tokens(model, seq_len)
-    with FlopCounterMode(display=False) as counter:
-        model(tokens, targets=tokens).loss.backward()
-    return counter.get_total_flops() / seq_len
 
 
 def _shown(name: str, shape: Sequence[int], kind: str) -> str:

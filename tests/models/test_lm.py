@@ -200,6 +200,17 @@ def test_flops_grow_as_they_must() -> None:
     assert full.flops_per_token(512) > full.flops_per_token(256)
 
 
+def test_flops_where_values_decide_take_no_draws() -> None:
+    """Chunks that end at surprises: counted on real tensors, and training's random numbers stay what they were."""
+    memory = {"kind": "hcam", "heads": 2, "window": 8, "chunk_size": 8, "top_k": 2}
+    cut = build({"model": {"vocab_size": 64, "dim": 32, "layers": 1, "mixer": {**memory, "cut": {"least": 4}}}})
+    before = torch.get_rng_state()
+    found = cut.flops_per_token(40)
+    assert torch.equal(torch.get_rng_state(), before)
+    even = build({"model": {"vocab_size": 64, "dim": 32, "layers": 1, "mixer": memory}})
+    assert found == pytest.approx(even.flops_per_token(40), rel=0.25)
+
+
 @pytest.mark.parametrize("name", ["attention, grouped", "window", "lmm", "mac", "mag", "mal"])
 def test_under_autocast(name: str) -> None:
     """bf16 products, float32 parameters: close to float32 (bf16 has 8 bits), and splits and resets still work."""
