@@ -15,13 +15,13 @@ from ..launch import Kernel
 from .backward_carry import neural_memory_carry
 from .backward_reads import neural_memory_reads_backward
 from .canary import backward_pairs
-from .forward import READS, STATES, constants_of, launch, pack, segments, unpack, walk_configs
+from .forward import READS, STATES, carry_configs, constants_of, launch, pack, segments, unpack, walk_configs
 from .gate_kernels import run_gates, run_gates_backward
 from .spec import MemorySpec
 from .tiles import workspace_sizes
 
 READS_BACKWARD = Kernel(neural_memory_reads_backward, walk_configs, backward_pairs)
-CARRY = Kernel(neural_memory_carry, walk_configs, backward_pairs)
+CARRY = Kernel(neural_memory_carry, carry_configs, backward_pairs)
 
 
 def run_backward(

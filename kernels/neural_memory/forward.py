@@ -61,9 +61,25 @@ def small(constants: Mapping[str, Any]) -> bool:
     return bool(constants["DEEP"]) and constants["D"] * constants["F"] <= 4096
 
 
-def walk_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Narrow blocks of hidden units, which spill least; eight warps hold the most registers."""
-    return [Config((("BF", 16),), max(4, constants["C"] // 8) if small(constants) else 8, 1)]
+def large(constants: Mapping[str, Any]) -> list[Config]:
+    """What fits wide heads in steps of 16, if they are: a loop's next operands wait in shared memory, for which there is
+    room, and not in registers, for which there is none. Empty for all others."""
+    wide = constants["DEEP"] and constants["D"] > 64 and constants["C"] == 16
+    return [Config((("BF", 16),), 8, 2)] if wide else []
+
+
+def walk_configs(constants: Mapping[str, Any], most: int = 64) -> list[Config]:
+    """Narrow blocks of hidden units, which spill least; eight warps hold the most registers. A small memory of at most
+    so many hidden units has fewer."""
+    if found := large(constants):
+        return found
+    few = small(constants) and constants["F"] <= most
+    return [Config((("BF", 16),), max(4, constants["C"] // 8) if few else 8, 1)]
+
+
+def carry_configs(constants: Mapping[str, Any]) -> list[Config]:
+    """As all that walks; with fewer warps for every small memory."""
+    return walk_configs(constants, 128)
 
 
 def state_configs(constants: Mapping[str, Any]) -> list[Config]:
@@ -79,6 +95,8 @@ def step_configs(constants: Mapping[str, Any]) -> list[Config]:
     """Where programs are many: four warps, of which each has 16 rows of a step to itself; for few hidden units eight,
     where four are given too few registers; for wide heads either, of which some memories spill with eight on Ampere,
     as others do with four elsewhere."""
+    if found := large(constants):
+        return found
     few = constants["F"] <= 64 and constants["C"] >= 32
     return [Config((("BF", 16),), warps, 1) for warps in ((8, 4) if constants["D"] > 64 else (8,) if few else (4,))]
 
