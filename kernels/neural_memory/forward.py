@@ -62,8 +62,8 @@ def small(constants: Mapping[str, Any]) -> bool:
 
 
 def large(constants: Mapping[str, Any]) -> list[Config]:
-    """What fits wide heads in steps of 16, if they are: a loop's next operands wait in shared memory, for which there is
-    room, and not in registers, for which there is none. Empty for all others."""
+    """What fits wide heads in steps of 16, if these are: a loop's next operands wait in shared memory, where there is
+    room, and not in registers, where there is none. Empty for all others."""
     wide = constants["DEEP"] and constants["D"] > 64 and constants["C"] == 16
     return [Config((("BF", 16),), 8, 2)] if wide else []
 

@@ -191,8 +191,10 @@ def test_a_run_trained_on_a_task_is_asked_its_own(make_run, tmp_path, capsys, mo
     forward, widest = MemoryLM.forward, []
     with monkeypatch.context() as spying:
         spying.setattr(MemoryLM, "forward", lambda m, x, **o: (widest.append(x.shape[1]), forward(m, x, **o))[1])
+        asked = []
+        spying.setattr(choose, "scores", lambda m, g, **o: (asked.append((g.name, o["stream"])), scores(m, g, **o))[1])
         assert command.main([str(folder), "--out", str(out), "--set", "mqar.seed=5", "--set", "mqar.stream=8"]) == 0
-    assert max(widest) == 8
+    assert max(widest) == 8 and asked == [("16x2", 8), ("24x4", 8)]
     result = json.loads((out / "eval.json").read_text())["tasks"]["mqar"]
     assert result["options"] == options | {"vocabulary": 64, "seed": 5} and result["stream"] == 8
     opened, group = harness.open_run(folder, torch.device("cpu")), mqar.task(**result["options"]).test[1]
