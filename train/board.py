@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.backend import log_once
@@ -87,11 +85,13 @@ def _groups(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": record["step"], **found} if found else {}
 
 
-def accuracy_figure(history: Sequence[Mapping[str, Any]]) -> NDArray[np.uint8] | None:
-    """The accuracy of each group against the step, as a picture [height, width, 3]; None without matplotlib."""
+def accuracy_figure(history: Sequence[Mapping[str, Any]]) -> Any:
+    """The accuracy of each group against the step, as a picture, numpy uint8 [height, width, 3]; None without
+    matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         log_once("figures of tasks are not drawn: matplotlib is not installed; pip install 'palimpsest[plot]'")
         return None
+    import numpy as np  # which training does without on a GPU machine that has little else
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -120,10 +120,11 @@ def test_a_failing_job_is_started_twice_and_named_and_the_others_go_on(tmp_path:
 
 
 PARENT = """
-import sys
+import signal, sys
 from palimpsest.eval.sweep import Job, sweep
 from pathlib import Path
 here = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored, and hands that on
 try:
     sweep([Job("long", [sys.executable, str(here / "job.py"), str(here)], here / "no", here / "log")], 1, poll=0.01)
 except KeyboardInterrupt:
