@@ -55,6 +55,21 @@ class Task(NamedTuple):
     test: Sequence[Group]
 
 
+def assemble(
+    name: str, vocab_size: int, splits: Sequence[Sequence[Sequence[Any]]], seed: int, make: Callable[..., Group]
+) -> Task:
+    """The task whose groups are ``make(own, *size)`` for every size of the three ``splits``: to train on, to choose by,
+    and to report. Split i draws from a seed of its own, ``own`` = 3 · seed + i.
+
+    Raises:
+        ValueError: for a size that ``make`` or the group's ``read`` refuses; one example of each is read.
+    """
+    parts = [[make(3 * seed + i, *size) for size in sizes] for i, sizes in enumerate(splits)]
+    for group in (group for part in parts for group in part):
+        group.read(0, 1)
+    return Task(name, vocab_size, *parts)
+
+
 def open_task(name: str, options: Mapping[str, Any]) -> Task:
     """The task of a configuration.
 

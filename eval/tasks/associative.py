@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -81,18 +81,6 @@ def generate(
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-def groups(sizes: Sequence[Sequence[int]], seed: int, value: int, rewrite: bool) -> list[Group]:
-    """(pairs, key, examples) of each size as groups named like ``50x3``."""
-
-    def make(pairs: int, key: int, count: int) -> Group:
-        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
-            return generate(pairs, key, some, seed, value=value, rewrite=rewrite, start=first)
-
-        return Group(f"{pairs}x{key}", length_of(pairs, key, value), count, read)
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -106,7 +94,12 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    parts = [groups(sizes, 3 * seed + i, value, rewrite) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task(f"associative {'rewrite' if rewrite else 'remember'}", VOCABULARY, *parts)
+
+    def make(own: int, pairs: int, key: int, count: int) -> Group:
+        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
+            return generate(pairs, key, some, own, value=value, rewrite=rewrite, start=first)
+
+        return Group(f"{pairs}x{key}", length_of(pairs, key, value), count, read)
+
+    name = f"associative {'rewrite' if rewrite else 'remember'}"
+    return assemble(name, VOCABULARY, (train, validation, test), seed, make)

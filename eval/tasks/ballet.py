@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -127,21 +127,6 @@ def show(tokens: Sequence[int]) -> str:
     return " ".join("." if x == STILL else next(f"{name}{x - low}" for low, name in names if x >= low) for x in tokens)
 
 
-def groups(sizes: Sequence[Sequence[int]], seed: int, questions: int) -> list[Group]:
-    """(dancers, delay, examples) of each size as groups named like ``8x48``; never more questions than dancers."""
-
-    def make(dancers: int, delay: int, count: int) -> Group:
-        some = min(questions, dancers)
-        return Group(
-            f"{dancers}x{delay}",
-            length_of(dancers, delay, some),
-            count,
-            lambda start, size: generate(dancers, delay, size, seed, questions=some, start=start),
-        )
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -156,8 +141,12 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    asked = (questions, 1, 1)
-    parts = [groups(sizes, 3 * seed + i, asked[i]) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task("ballet", VOCABULARY, *parts)
+
+    def make(own: int, dancers: int, delay: int, count: int, asked: int = 1) -> Group:
+        def read(start: int, size: int) -> tuple[Tensor, Tensor]:
+            return generate(dancers, delay, size, own, questions=asked, start=start)
+
+        return Group(f"{dancers}x{delay}", length_of(dancers, delay, asked), count, read)
+
+    more = [(*size, min(questions, size[0])) for size in train]  # never more questions than dancers
+    return assemble("ballet", VOCABULARY, (more, validation, test), seed, make)

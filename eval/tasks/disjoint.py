@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -64,18 +64,6 @@ def generate(
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-def groups(sizes: Sequence[Sequence[int]], seed: int, vocabulary: int) -> list[Group]:
-    """(tokens of A, of B, examples) of each size as groups named like ``4x16``."""
-
-    def make(first: int, second: int, count: int) -> Group:
-        def read(begin: int, some: int) -> tuple[Tensor, Tensor]:
-            return generate(first, second, some, seed, vocabulary=vocabulary, start=begin)
-
-        return Group(f"{first}x{second}", first + second + MARKS, count, read)
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -88,7 +76,11 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    parts = [groups(sizes, 3 * seed + i, vocabulary) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task("disjoint", vocabulary, *parts)
+
+    def make(own: int, first: int, second: int, count: int) -> Group:
+        def read(begin: int, some: int) -> tuple[Tensor, Tensor]:
+            return generate(first, second, some, own, vocabulary=vocabulary, start=begin)
+
+        return Group(f"{first}x{second}", first + second + MARKS, count, read)
+
+    return assemble("disjoint", vocabulary, (train, validation, test), seed, make)

@@ -46,7 +46,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -251,18 +251,6 @@ def generate(
     return torch.from_numpy(np.ascontiguousarray(tokens)), torch.from_numpy(np.ascontiguousarray(labels))
 
 
-def groups(kind: str, sizes: Sequence[Sequence[int]], seed: int, settings: Settings) -> list[Group]:
-    """(length, examples) of each size as groups named by their length."""
-
-    def make(length: int, count: int) -> Group:
-        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
-            return generate(kind, length, some, seed, settings=settings, start=first)
-
-        return Group(f"{length}", 2 * length - 1 if kind == "compression" else length, count, read)
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     kind: str = "in_context_recall",
     train: Sequence[Sequence[int]] | None = None,
@@ -293,14 +281,20 @@ def task(
     }
     told = {key: value for key, value in given.items() if value is not None}
     settings = replace(usual.settings, facts=seed, **told)
+    standard = ((usual.length, TEST),)
     split = (
-        train if train is not None else ((usual.length, usual.train),),
-        validation if validation is not None else ((usual.length, TEST),),
-        test if test is not None else ((usual.length, TEST),),
+        ((usual.length, usual.train),) if train is None else train,
+        standard if validation is None else validation,
+        standard if test is None else test,
     )
-    parts = [groups(kind, sizes, 3 * seed + i, replace(settings, training=i == 0)) for i, sizes in enumerate(split)]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
+
+    def make(own: int, length: int, count: int, training: bool = False) -> Group:
+        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
+            return generate(kind, length, some, own, settings=replace(settings, training=training), start=first)
+
+        return Group(f"{length}", 2 * length - 1 if kind == "compression" else length, count, read)
+
     longest = max(size[0] for sizes in split for size in sizes)
     asks = longest - 1 if kind == "compression" else 0
-    return Task(f"mad {kind}", settings.vocabulary + asks, *parts)
+    sizes = ([(*size, True) for size in split[0]], *split[1:])
+    return assemble(f"mad {kind}", settings.vocabulary + asks, sizes, seed, make)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -75,20 +75,6 @@ def generate(
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-def groups(sizes: Sequence[Sequence[int]], seed: int, vocabulary: int) -> list[Group]:
-    """(length, pairs, examples) of each size as groups named like ``64x4``."""
-
-    def make(length: int, pairs: int, count: int) -> Group:
-        return Group(
-            f"{length}x{pairs}",
-            length,
-            count,
-            lambda start, some: generate(length, pairs, some, seed, vocabulary=vocabulary, start=start),
-        )
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -101,7 +87,11 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    parts = [groups(sizes, 3 * seed + i, vocabulary) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task("mqar", vocabulary, *parts)
+
+    def make(own: int, length: int, pairs: int, count: int) -> Group:
+        def read(start: int, some: int) -> tuple[Tensor, Tensor]:
+            return generate(length, pairs, some, own, vocabulary=vocabulary, start=start)
+
+        return Group(f"{length}x{pairs}", length, count, read)
+
+    return assemble("mqar", vocabulary, (train, validation, test), seed, make)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -51,15 +51,6 @@ def generate(length: int, gap: int, count: int, seed: int = 0, *, start: int = 0
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-def _groups(sizes: Sequence[Sequence[int]], seed: int) -> list[Group]:
-    """(length, gap, examples) of each size as groups named by their length."""
-
-    def make(length: int, gap: int, count: int) -> Group:
-        return Group(f"{length}", length, count, lambda first, some: generate(length, gap, some, seed, start=first))
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -71,7 +62,8 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    parts = [_groups(sizes, 3 * seed + i) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task("needle", VOCABULARY, *parts)
+
+    def make(own: int, length: int, gap: int, count: int) -> Group:
+        return Group(f"{length}", length, count, lambda first, some: generate(length, gap, some, own, start=first))
+
+    return assemble("needle", VOCABULARY, (train, validation, test), seed, make)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 from . import passkey
 
@@ -72,18 +72,6 @@ def _exact(length: int, seed: int, logits: Tensor, where: Tensor) -> dict[str, T
     return {"exact": right.repeat_interleave(passkey.DIGITS)}
 
 
-def _groups(sizes: Sequence[Sequence[int]], seed: int) -> list[Group]:
-    """(length, examples) of each size as groups named by their length."""
-
-    def make(length: int, count: int) -> Group:
-        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
-            return generate(length, some, seed, start=first)
-
-        return Group(f"{length}", length - 1, count, read, partial(_exact, length, seed))
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -95,7 +83,11 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    parts = [_groups(sizes, 3 * seed + i) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task("passkey_bytes", VOCABULARY, *parts)
+
+    def make(own: int, length: int, count: int) -> Group:
+        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
+            return generate(length, some, own, start=first)
+
+        return Group(f"{length}", length - 1, count, read, partial(_exact, length, own))
+
+    return assemble("passkey_bytes", VOCABULARY, (train, validation, test), seed, make)

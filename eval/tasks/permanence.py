@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -84,18 +84,6 @@ def show(tokens: Sequence[int]) -> str:
     return " ".join(plain.get(x) or next(f"{name}{x - low}" for low, name in names if x >= low) for x in tokens)
 
 
-def groups(sizes: Sequence[Sequence[int]], seed: int, delay: int) -> list[Group]:
-    """(objects, phases, examples) of each size as groups named like ``4x10``."""
-
-    def make(objects: int, phases: int, count: int) -> Group:
-        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
-            return generate(objects, phases, some, seed, delay=delay, start=first)
-
-        return Group(f"{objects}x{phases}", length_of(objects, phases, delay), count, read)
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -108,7 +96,11 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    parts = [groups(sizes, 3 * seed + i, delay) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task("permanence", VOCABULARY, *parts)
+
+    def make(own: int, objects: int, phases: int, count: int) -> Group:
+        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
+            return generate(objects, phases, some, own, delay=delay, start=first)
+
+        return Group(f"{objects}x{phases}", length_of(objects, phases, delay), count, read)
+
+    return assemble("permanence", VOCABULARY, (train, validation, test), seed, make)

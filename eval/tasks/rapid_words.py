@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...train.examples import Group, Task
+from ...train.examples import Group, Task, assemble
 from .. import draws
 
 IGNORE = -100
@@ -74,18 +74,6 @@ def show(tokens: Sequence[int]) -> str:
     )
 
 
-def groups(sizes: Sequence[Sequence[int]], seed: int) -> list[Group]:
-    """(words, phases, examples) of each size as groups named like ``4x10``."""
-
-    def make(words: int, phases: int, count: int) -> Group:
-        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
-            return generate(words, phases, some, seed, start=first)
-
-        return Group(f"{words}x{phases}", length_of(words, phases), count, read)
-
-    return [make(*size) for size in sizes]
-
-
 def task(
     train: Sequence[Sequence[int]] = TRAIN,
     validation: Sequence[Sequence[int]] = VALIDATION,
@@ -97,7 +85,11 @@ def task(
     Raises:
         ValueError: see :func:`generate`.
     """
-    parts = [groups(sizes, 3 * seed + i) for i, sizes in enumerate((train, validation, test))]
-    for group in (group for part in parts for group in part):
-        group.read(0, 1)  # refuses sizes that do not fit
-    return Task("rapid words", VOCABULARY, *parts)
+
+    def make(own: int, words: int, phases: int, count: int) -> Group:
+        def read(first: int, some: int) -> tuple[Tensor, Tensor]:
+            return generate(words, phases, some, own, start=first)
+
+        return Group(f"{words}x{phases}", length_of(words, phases), count, read)
+
+    return assemble("rapid words", VOCABULARY, (train, validation, test), seed, make)
