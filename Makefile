@@ -12,6 +12,9 @@ ARGS =
 # What the tests need of the extra lm-eval; all of it would bring scipy, scikit-learn and thirty others.
 LM_EVAL = lm_eval sacrebleu colorama lxml portalocker tabulate requests certifi charset-normalizer urllib3
 
+# Byte code is kept, for torch is compiled for half a minute by every process that finds none.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help quickstart test check lint types format gpu clean
 
 help:
@@ -64,7 +67,7 @@ $(READY): setup.py constraints.txt
 	print("Python %d.%d.%d (%s)" % (v[0], v[1], v[2], sys.executable)); \
 	sys.exit(None if (3, 10) <= v[:2] < (3, 14) else "Palimpsest needs Python 3.10 to 3.13; name one with PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv failed; on Debian: apt install python3-venv"; exit 1; }
-	@# Without byte code, which Python writes of what it imports: that of all of it takes longer than to install it.
+	@# Without byte code, which Python writes of what is imported: that of all of it takes longer than to install it.
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-compile -e '.[dev]'
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --no-compile $(LM_EVAL)
 	@touch $(READY)

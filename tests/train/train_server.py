@@ -12,9 +12,13 @@ import sys
 import time
 import traceback
 
+# Imported before the forks: what a run would import, and torch with its first optimizer.
+import numpy.random  # noqa: F401
+import safetensors.torch  # noqa: F401
+import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
-import palimpsest.train.loop  # noqa: F401  (imported before the forks)
+import palimpsest.train.loop  # noqa: F401
 from palimpsest.train.__main__ import main
 
 LIMIT = 150.0
