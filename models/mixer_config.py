@@ -33,7 +33,10 @@ class MemoryRule(Strict):
     @property
     def spec(self) -> MemorySpec:
         """The part of this section that the operation takes."""
-        return MemorySpec(**{field.name: getattr(self, field.name) for field in fields(MemorySpec)})
+        known = type(self).model_fields
+        return MemorySpec(
+            **{field.name: getattr(self, field.name) for field in fields(MemorySpec) if field.name in known}
+        )
 
     @model_validator(mode="after")
     def _fits_the_operation(self) -> Self:

@@ -5,6 +5,9 @@
     W_t = a_t W_{t-1} + S_t
     o_t = M(q_t; W_t)                       (or W_{t-1}: ``spec.read_after_write``)
 
+Network, inner loss ℓ, retention, rule and window are choices of :class:`MemorySpec`, which says what each puts in the
+place of a line above.
+
 Source: Titans (Behrouz et al., 2024), eqs. 8-15; the chunked form after TTT (Sun et al., 2024).
 """
 
@@ -15,11 +18,11 @@ from torch import Tensor
 
 from .. import check
 from ..op import register
-from . import reference
+from . import networks, reference
 from .cost import cost
 from .operator import neural_memory_op
 from .spec import LAYER_NORM_EPS, MemorySpec
-from .state import fresh_state, state_names
+from .state import fresh_state, halo_shapes, state_names
 
 __all__ = ["LAYER_NORM_EPS", "MemorySpec", "neural_memory", "neural_memory_read", "neural_memory_state"]
 
@@ -35,6 +38,8 @@ def neural_memory(
     weights: list[Tensor],
     spec: MemorySpec,
     norm: Tensor | None = None,
+    gamma: Tensor | None = None,
+    delta: Tensor | None = None,
     state: dict[str, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
@@ -49,28 +54,33 @@ def neural_memory(
         k: keys [B, T, H, D], dtype of q.
         v: values [B, T, H, D_v], dtype of q; D_v = D where the network has a residual.
         step: θ ≥ 0, the step size, [B, T, H], float32 (float64 with float64 q).
-        log_retain: log a ≤ 0, [B, T, H]; None exactly when ``spec.retention`` is "none". Finite.
-        log_momentum: log η ≤ 0, [B, T, H]; None exactly when ``spec.rule`` is "gd". Finite.
-        weights: W_0 of each layer, [H, in, out] (``spec.weight_shapes``), shared by all rows. With a ``state`` only
-            their shapes matter.
+        log_retain: log a ≤ 0, [B, T, H]; None exactly when ``spec.retention`` is "none" or "norm". Finite.
+        log_momentum: log η ≤ 0, [B, T, H]; None exactly when ``spec.rule`` is "gd" or "muon_gd". Finite.
+        weights: W_0 of each layer, [H, in, out] (``spec.weight_shapes``), shared by all rows; for the retentions lq and
+            kl the start of D, from which W_0 follows. With a ``state`` only their shapes matter.
         spec: the network, inner loss and learning rule.
         norm: the LayerNorm's scale [H, D_v] when ``spec.norm``, else None.
+        gamma: γ ≥ 0, how much a token's write counts while it is in the window, [B, T, H] in step's dtype; None exactly
+            when ``spec.window`` is 1.
+        delta: δ > 0, huber's threshold of ‖M(k) − v‖, [B, T, H] in step's dtype; None exactly without huber.
         state: where an earlier call ended (``return_state``), N rows; N = B, or the number of packed sequences.
             Its chunk, if unfinished, goes on.
         cu_seqlens: int32 [N + 1] borders of packed sequences, B = 1. Each starts afresh or from its row of ``state``.
         return_state: also return the state after the last token.
         backend: "reference", "torch" or "triton"; see :mod:`palimpsest.kernels.backend`. The Triton kernels cover a
             linear memory and a two-layer one, widths D = D_v and F that are powers of two, D from 16 to 128, and
-            chunks of 16, 32 or a multiple of 64, in float32, bfloat16 and float16.
+            chunks of 16, 32 or a multiple of 64, in float32, bfloat16 and float16, with the biases l2 and dot, the
+            retentions l2 and none, the rules gd and momentum, and no window. All else runs plain torch.
 
     Returns:
         o [B, T, H, D_v] in v's dtype, and the state (``weights.i``, ``momentum.i``, ``anchor.i`` [N, H, in, out] in
-        float32, ``position`` int32 [N]) or None.
+        float32, ``position`` int32 [N], with a window ``halo.*``; see :func:`.state.pack_state`) or None.
 
     Raises:
         ValueError: for a wrong shape, dtype, device or combination, naming the argument.
     """
-    _check(q, k, v, step, log_retain, log_momentum, weights, spec, norm, state, cu_seqlens)
+    gates = {"step": step, "log_retain": log_retain, "log_momentum": log_momentum, "gamma": gamma, "delta": delta}
+    _check(q, k, v, gates, weights, spec, norm, state, cu_seqlens)
     run = OPERATION.choose(q.device, backend, _unfit(q, v, spec))
     o, final = run(
         q,
@@ -79,6 +89,8 @@ def neural_memory(
         step,
         log_retain,
         log_momentum,
+        gamma=gamma,
+        delta=delta,
         weights=weights,
         spec=spec,
         norm=norm,
@@ -89,12 +101,12 @@ def neural_memory(
 
 
 def neural_memory_state(weights: list[Tensor], rows: int, spec: MemorySpec) -> dict[str, Tensor]:
-    """The state of ``rows`` rows before their first token: W = anchor = W_0, S = 0, position 0.
+    """The state of ``rows`` rows before their first token: W = W_0, S = 0, position 0, nothing in the window.
 
     Args:
-        weights: W_0 of each layer [H, in, out].
+        weights: W_0 of each layer [H, in, out], or what it follows from, as :func:`neural_memory` takes them.
         rows: N.
-        spec: the memory; ``momentum.i`` is there only for the rule "momentum".
+        spec: the memory; ``momentum.i`` is there for all rules but "gd", ``halo.*`` with a window.
     """
     kind = check.compute_dtype(weights[0])
     return fresh_state([w.to(kind) for w in weights], rows, spec)
@@ -108,6 +120,7 @@ def neural_memory_read(
     Args:
         q: queries [B, T, H, D].
         weights: W of each layer, [H, in, out] or one per row [B, H, in, out]; or a state, to read its running weights.
+            What W_0 is for the retentions lq and kl, :func:`neural_memory_state` says.
         spec: the memory.
         norm: the LayerNorm's scale [H, D_v] when ``spec.norm``, else None.
 
@@ -118,16 +131,10 @@ def neural_memory_read(
         weights = [weights[f"weights.{i}"] for i in range(spec.layers)]
     check.require((norm is not None) == spec.norm, "norm", _presence(norm), f"be {'given' if spec.norm else 'None'}")
     kind = check.compute_dtype(q)
+    matrices = [w.to(kind) for w in weights]
+    scale = None if norm is None else norm.to(kind).unsqueeze(-2)
     x = q.to(kind).movedim(2, 1)
-    hidden = x
-    for i, weight in enumerate(weights):
-        if i:
-            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
-        hidden = hidden @ weight.to(kind)
-    if norm is not None:
-        scale = norm.to(kind).unsqueeze(-2)
-        hidden = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=LAYER_NORM_EPS) * scale
-    return (x + hidden if spec.residual else hidden).movedim(1, 2).to(q.dtype)
+    return networks.forward(x, lambda i, hidden: hidden @ matrices[i], scale, spec).movedim(1, 2).to(q.dtype)
 
 
 def _presence(tensor: Tensor | None) -> str:
@@ -138,9 +145,7 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    step: Tensor,
-    log_retain: Tensor | None,
-    log_momentum: Tensor | None,
+    gates: dict[str, Tensor | None],
     weights: list[Tensor],
     spec: MemorySpec,
     norm: Tensor | None,
@@ -153,21 +158,10 @@ def _check(
     b, t, h, d = q.shape
     kind = check.compute_dtype(q)
     check.shape("k", k, [b, t, h, d], "[B, T, H, D]")
+    step = gates["step"]
     check.require(isinstance(step, Tensor), "step", type(step).__name__, "be a tensor [B, T, H]")
     check.shape("v", v, [b, t, h, d if spec.residual else None], "[B, T, H, D_v]")
-    gates = {"step": step, "log_retain": log_retain, "log_momentum": log_momentum}
-    for name, gate, wanted in (
-        ("log_retain", log_retain, spec.retention != "none"),
-        ("log_momentum", log_momentum, spec.has_momentum),
-    ):
-        why = f"retention={spec.retention!r}, rule={spec.rule!r}"
-        check.require(
-            (gate is not None) == wanted, name, _presence(gate), f"be {'given' if wanted else 'None'} for {why}"
-        )
-    for name, gate in gates.items():
-        if gate is not None:
-            check.shape(name, gate, [b, t, h], "[B, T, H]")
-            check.dtype(name, gate, (kind,))
+    _check_gates(gates, [b, t, h], kind, spec)
     for name, x in (("k", k), ("v", v)):
         check.dtype(name, x, (q.dtype,))
     _check_weights(weights, norm, spec, h, d, v.shape[-1])
@@ -183,6 +177,22 @@ def _check(
     }.items():
         if other is not None:
             check.device(name, other, q.device)
+
+
+def _check_gates(gates: dict[str, Tensor | None], shape: list[int], kind: torch.dtype, spec: MemorySpec) -> None:
+    for name, wanted, why in (
+        ("log_retain", spec.retention_gate, f"retention={spec.retention!r}"),
+        ("log_momentum", spec.momentum_gate, f"rule={spec.rule!r}"),
+        ("gamma", spec.window > 1, f"window={spec.window}"),
+        ("delta", spec.bias == "huber", f"bias={spec.bias!r}"),
+    ):
+        given = gates[name]
+        must = f"be {'given' if wanted else 'None'} for {why}"
+        check.require((given is not None) == wanted, name, _presence(given), must)
+    for name, gate in gates.items():
+        if gate is not None:
+            check.shape(name, gate, shape, "[B, T, H]")
+            check.dtype(name, gate, (kind,))
 
 
 def _check_weights(weights: list[Tensor], norm: Tensor | None, spec: MemorySpec, heads: int, d: int, dv: int) -> None:
@@ -201,9 +211,12 @@ def _check_state(
 ) -> None:
     names = [*state_names(spec), "position"]
     check.require(set(state) == set(names), "state", f"keys {sorted(state)}", f"have keys {sorted(names)}")
+    halo = halo_shapes(weights, spec)
     for name in names[:-1]:
-        layer = weights[int(name.rsplit(".", 1)[1])]
-        check.shape(f"state[{name!r}]", state[name], [rows, *layer.shape], "[N, H, in, out]")
+        part, own = name.split(".")
+        shape = halo[own] if part == "halo" else weights[int(own)].shape
+        layout = "[N, c - 1, H, ...]" if part == "halo" else "[N, H, in, out]"
+        check.shape(f"state[{name!r}]", state[name], [rows, *shape], layout)
         check.dtype(f"state[{name!r}]", state[name], (kind,))
     check.shape("state['position']", state["position"], [rows], "[N]")
     check.dtype("state['position']", state["position"], (torch.int32,))
@@ -214,6 +227,15 @@ def _unfit(q: Tensor, v: Tensor, spec: MemorySpec) -> tuple[str, object, str] | 
     d, dv, chunk = q.shape[-1], v.shape[-1], spec.chunk_size
     if q.dtype == torch.float64:
         return "q.dtype", "float64", "be float32, bfloat16 or float16"
+    for name, covered in (
+        ("network", ("linear", "mlp")),
+        ("bias", ("l2", "dot")),
+        ("retention", ("l2", "none")),
+        ("rule", ("gd", "momentum")),
+        ("window", (1,)),
+    ):
+        if getattr(spec, name) not in covered:
+            return name, getattr(spec, name), f"be {' or '.join(map(str, covered))}"
     if spec.layers > 2:
         return "depth", spec.layers, "be 1 or 2"
     if d not in (16, 32, 64, 128):
@@ -227,10 +249,10 @@ def _unfit(q: Tensor, v: Tensor, spec: MemorySpec) -> tuple[str, object, str] | 
     return None
 
 
-def _run(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, state, cu_seqlens, triton):
+def _run(q, k, v, step, log_retain, log_momentum, *, gamma, delta, weights, spec, norm, state, cu_seqlens, triton):
     names = state_names(spec)
     held = [] if state is None else [state[name] for name in names]
-    inputs = [q, k, v, step, log_retain, log_momentum, norm, *weights, *held]
+    inputs = [q, k, v, step, log_retain, log_momentum, gamma, delta, norm, *weights, *held]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out = neural_memory_op(
         q,
@@ -239,6 +261,8 @@ def _run(q, k, v, step, log_retain, log_momentum, *, weights, spec, norm, state,
         step,
         log_retain,
         log_momentum,
+        gamma,
+        delta,
         weights,
         norm,
         held,

@@ -2,22 +2,42 @@
 
 from collections.abc import Sequence
 
+from ..newton_schulz.cost import cost as newton_schulz_cost
 from ..op import Cost
 from .spec import MemorySpec
 
 
 def matmul_flops(tokens: int, heads: int, widths: Sequence[tuple[int, int]], spec: MemorySpec) -> int:
-    """Multiply-adds, twice, of the forward's matrix products; ``widths`` are (in, out) of each layer.
+    """Multiply-adds, twice, of the forward's matrix products; ``widths`` are (in, out) of each matrix.
 
-    Per token and layer, with C the chunk: the key's pass x W, the query's x W and x S, its products with the chunk's
-    X and Δ (the causal half of C), the updates of W and S, and δ Wᵀ for every layer but the first.
+    Per token and matrix, with n the tokens of a step (a chunk's C, or ``ns_every``) and c the window: the key's pass
+    x W, δ Wᵀ where an earlier layer needs it, and the updates of W and S, all (n + c − 1) / n times, for the halo's
+    keys are taken again; the query's x W and x S, with kl its x (F(U) − U); its products with the step's X and Δ, the
+    causal half of n and the halo. With muon neither reads nor W see these; a step ends in a Newton-Schulz iteration.
     """
-    copies = 2 if spec.has_momentum else 1
+    n, halo = spec.step_size, spec.window - 1
+    sees = not spec.orthogonal
+    reads = 1 + (sees and spec.has_momentum) + (spec.retention == "kl")
+    updates = sees + spec.has_momentum
     total = 0
     for i, (a, b) in enumerate(widths):
-        matrices = 1 + copies + copies + (1 if i else 0)
-        total += 2 * a * b * matrices + (a + b) * (spec.chunk_size + 1)
-    return tokens * heads * total
+        back = i == 1 if spec.network == "gated_mlp" else i > 0
+        total += 2 * a * b * ((1 + back + updates) * (n + halo) + reads * n)
+        if sees:
+            total += n * (a + b) * (n + 1 + 2 * halo)
+        else:
+            total += newton_schulz_cost((a, b), spec.ns_steps).flops
+    return tokens * heads * total // n
+
+
+def halo_numbers(key_dim: int, value_dim: int, spec: MemorySpec) -> int:
+    """Numbers that a state holds of the window's last tokens, for one row and head."""
+    return (spec.window - 1) * (key_dim + value_dim + 1 + (spec.bias == "huber"))
+
+
+def gate_numbers(spec: MemorySpec) -> int:
+    """Gates of a token and head."""
+    return 1 + spec.retention_gate + spec.momentum_gate + (spec.window > 1) + (spec.bias == "huber")
 
 
 def cost(
@@ -38,21 +58,30 @@ def cost(
     """
     shapes = spec.weight_shapes(heads, key_dim, value_dim)
     flops = matmul_flops(batch * length, heads, [(a, b) for _, a, b in shapes], spec)
-    gates = 4 * (1 + (spec.retention == "l2") + spec.has_momentum)
-    per_token = (2 * key_dim + 2 * value_dim) * itemsize + gates
+    per_token = (2 * key_dim + 2 * value_dim) * itemsize + 4 * gate_numbers(spec)
     state = 4 * sum(h * a * b for h, a, b in shapes) * (2 if spec.has_momentum else 1)
+    state += 4 * heads * halo_numbers(key_dim, value_dim, spec)
     moved = batch * length * heads * per_token + 2 * batch * state
     return Cost(2 * flops, 2 * moved) if backward else Cost(flops, moved)
 
 
+def kept_numbers(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
+    """Numbers that the torch path keeps of a state for one row and head; ``widths`` are (in, out) of each matrix."""
+    copies = 2 if spec.has_momentum else 1
+    matrices = sum(a * b for a, b in widths)
+    if spec.derived_by_hand:
+        return matrices * copies
+    last = widths[1 if spec.network == "gated_mlp" else -1][1]
+    return matrices * (copies + 1) + halo_numbers(widths[0][0], last, spec)
+
+
 def segment_chunks(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
-    """G, the chunks between two kept states; ``widths`` are (in, out) of each layer.
+    """G, the steps (chunks, but for ``ns_every``) between two kept states; ``widths`` are (in, out) of each matrix.
 
     Chosen so that the kept states cost about as much as q, k, v and o do (4 D floats a token and head), and the replay
     of one segment not much more.
     """
-    state = sum(a * b for a, b in widths) * (2 if spec.has_momentum else 1)
-    return max(1, -(-state // (4 * widths[0][0] * spec.chunk_size)))
+    return max(1, -(-kept_numbers(spec, widths) // (4 * widths[0][0] * spec.step_size)))
 
 
 def kept_slots(tokens: int, rows: int, chunk: int, every: int) -> int:
@@ -69,7 +98,6 @@ def training_bytes_per_token(heads: int, key_dim: int, value_dim: int, spec: Mem
     (the replay of one segment, the weights' gradients) is not in it, nor are the inputs themselves.
     """
     widths = [(a, b) for _, a, b in spec.weight_shapes(heads, key_dim, value_dim)]
-    gates = 1 + (spec.retention == "l2") + spec.has_momentum
-    tokens = 2 * value_dim + 2 * (2 * key_dim + value_dim + gates) + value_dim
-    state = sum(a * b for a, b in widths) * (2 if spec.has_momentum else 1)
-    return 4.0 * heads * (tokens + state / (spec.chunk_size * segment_chunks(spec, widths)))
+    tokens = 2 * value_dim + 2 * (2 * key_dim + value_dim + gate_numbers(spec)) + value_dim
+    state = kept_numbers(spec, widths)
+    return 4.0 * heads * (tokens + state / (spec.step_size * segment_chunks(spec, widths)))

@@ -1,6 +1,7 @@
 """The registered operator ``palimpsest::neural_memory``: forward with kept states, backward by replay of segments.
 
 One operator for plain torch and for Triton (``triton``): both keep [W; S] every G chunks, each in places of its own.
+Memories that have no backward derived by hand go through autograd, step by step: ``replay.py``.
 
 Memory: the forward keeps W and S every G chunks, and nothing else but its inputs; the backward replays G chunks at a
 time. That is O(tokens) for the inputs and their gradients, plus one state every G chunks.
@@ -14,12 +15,14 @@ from torch import Tensor
 from ..check import compute_dtype
 from ..op import flop_formula
 from ..operator import absent, operator, present
+from . import replay
+from .call import Call
 from .chunked import Chunk, chunk_backward, chunk_forward
 from .cost import kept_slots, matmul_flops, segment_chunks
 from .gates import gates_backward, make_gates
-from .schedule import Step, make_schedule
+from .schedule import Step
 from .spec import MemorySpec
-from .tokens import Tokens
+from .state import state_names
 
 
 def checkpoint_rows(batch: int, length: int, rows: int, chunk: int, every: int, ragged: bool) -> int:
@@ -42,47 +45,11 @@ def _checkpoint_slots(
     if triton:
         return kept_slots(q.shape[0] * q.shape[1], rows, spec.chunk_size, every)
     ragged = position is not None or cu_seqlens is not None
-    return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.chunk_size, every, ragged)
+    return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.step_size, every, ragged)
 
 
-class _Call:
-    """What forward and backward both need of one call: schedule, laid-out tokens, the states, the segments."""
-
-    def __init__(
-        self,
-        tokens: Sequence[Tensor | None],
-        weights: Sequence[Tensor],
-        norm: Tensor | None,
-        state: Sequence[Tensor],
-        position: Tensor | None,
-        cu_seqlens: Tensor | None,
-        spec: MemorySpec,
-    ) -> None:
-        q = tokens[0]
-        assert q is not None
-        batch, length, self.heads = q.shape[:3]
-        self.spec, self.kind = spec, compute_dtype(q)
-        self.rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.schedule = make_schedule(batch, length, spec.chunk_size, position, cu_seqlens, q.device)
-        self.layout = Tokens(batch, self.heads, all(step.span is not None for step in self.schedule.steps))
-        self.tokens = [self.layout.lay(x, self.kind) for x in tokens]
-        self.norm = None if norm is None else norm.to(self.kind).repeat(self.rows, 1).unsqueeze(1)
-        self.weights, self.state = weights, state
-        every = segment_chunks(spec, [(w.shape[-2], w.shape[-1]) for w in weights])
-        steps = self.schedule.steps
-        self.segments = [steps[i : i + every] for i in range(0, len(steps), every)]
-
-    def ordered(self, x: Tensor) -> Tensor:
-        """[N, H, ·, ·] → [N·H, ·, ·] with rows in the schedule's order."""
-        x = x.to(self.kind)
-        return (x if self.schedule.order is None else x[self.schedule.order]).flatten(0, 1)
-
-    def restored(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`ordered`."""
-        x = x.unflatten(0, (self.rows, self.heads))
-        if self.schedule.order is None:
-            return x
-        return torch.empty_like(x).index_copy(0, self.schedule.order, x)
+class _Call(Call):
+    """A call of a memory that ``chunked.py`` covers: W and S of a layer are one matrix [W; S]."""
 
     def split(self, state: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """A state's tensors (W, S if any, anchor of every layer; [N, H, ·, ·]) as [W; S] and anchor, [N·H, ·, ·]."""
@@ -131,12 +98,6 @@ class _Call:
                 anchor = [torch.where(ended, w, x) for w, x in zip(now, anchor, strict=True)]
             yield step, out, states, anchor, chunk
 
-    def ended(self, step: Step) -> bool | Tensor:
-        """Whether the step completes its chunk: for all rows, or bool [rows·H, 1, 1]."""
-        if isinstance(step.ended, bool):
-            return step.ended
-        return step.ended.repeat_interleave(self.heads)[:, None, None]
-
 
 @operator("neural_memory")
 def neural_memory_op(
@@ -146,6 +107,8 @@ def neural_memory_op(
     step: Tensor,
     log_retain: Tensor | None,
     log_momentum: Tensor | None,
+    gamma: Tensor | None,
+    delta: Tensor | None,
     weights: Sequence[Tensor],
     norm: Tensor | None,
     state: Sequence[Tensor],
@@ -155,7 +118,8 @@ def neural_memory_op(
     keep: bool,
     triton: bool,
 ) -> list[Tensor]:
-    """[o, final W, S and anchor of each layer, position, and with ``keep`` the kept [W; S], by layer or as one]."""
+    """[o, the final state's tensors, position, and with ``keep`` what is kept]: [W; S], by layer or, with Triton, as
+    one; or all that ``replay.py`` carries from step to step."""
     what = MemorySpec.decode(spec)
     if triton:
         from .decode import run_decode
@@ -165,13 +129,18 @@ def neural_memory_op(
         if q.shape[1] == 1 and position is not None and cu_seqlens is None and not keep:
             return run_decode(tokens, weights, norm, state, position, what)
         return run_forward(tokens, weights, norm, state, position, cu_seqlens, what, keep)
+    slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
+    if not what.derived_by_hand:
+        given = q, k, v, step, log_retain, log_momentum, gamma, delta
+        generic = replay.GenericCall(given, weights, norm, state, position, cu_seqlens, what)
+        reads, after, kept = replay.forward(generic, slots, keep)
+        return [reads.to(v.dtype), *after, generic.schedule.position, *kept]
     call = _Call((q, k, v, step, log_retain, log_momentum), weights, norm, state, position, cu_seqlens, what)
     states, anchor = call.initial()
     final, final_anchor = [x.clone() for x in states], [x.clone() for x in anchor]
     laid_v = call.tokens[2]
     assert laid_v is not None
     o = torch.empty_like(laid_v)
-    slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
     # Zeros, because the count is only a bound for ragged rows and an operator's output must repeat.
     kept = [x.new_zeros((slots, call.heads, *x.shape[1:])) for x in states]
     filled = 0
@@ -193,16 +162,22 @@ def neural_memory_op(
 
 
 @neural_memory_op.register_fake
-def _(q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, keep, triton):
+def _(
+    q, k, v, step, log_retain, log_momentum, gamma, delta, weights, norm, state, position, cu_seqlens, spec, keep,
+    triton,
+):  # fmt: skip
     what = MemorySpec.decode(spec)
     kind = compute_dtype(q)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     parts = 3 if what.has_momentum else 2
-    final = [w.new_empty((rows, *w.shape), dtype=kind) for w in list(weights) * parts]
+    final = [q.new_empty((rows, *shape), dtype=kind) for shape in replay.state_shapes(weights, what)]
     slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
     if triton:
         size = sum(w.shape[1] * w.shape[2] for w in weights)
         saved = [q.new_empty((slots, q.shape[2], (parts - 1) * size), dtype=kind)] if keep else []
+    elif not what.derived_by_hand:
+        shapes = replay.kept_shapes(weights, what) if keep else []
+        saved = [q.new_empty((slots, *shape), dtype=kind) for shape in shapes]
     else:
         saved = [w.new_empty((slots, w.shape[0], w.shape[1] * (parts - 1), w.shape[2]), dtype=kind) for w in weights]
     return [
@@ -223,6 +198,8 @@ def neural_memory_backward_op(
     step: Tensor,
     log_retain: Tensor | None,
     log_momentum: Tensor | None,
+    gamma: Tensor | None,
+    delta: Tensor | None,
     weights: Sequence[Tensor],
     norm: Tensor | None,
     state: Sequence[Tensor],
@@ -232,15 +209,22 @@ def neural_memory_backward_op(
     spec: str,
     triton: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, step, log_retain, log_momentum, norm (empty where None), then of the state or, without
-    one, of the weights."""
+    """Gradients of q, k, v, step, log_retain, log_momentum, gamma, delta, norm (empty where None), then of the state
+    or, without one, of the weights."""
     what = MemorySpec.decode(spec)
     inputs = (q, k, v, step, log_retain, log_momentum)
     if triton:
         from .backward import run_backward
 
         found = run_backward(grad_o, grad_state, inputs, weights, norm, state, position, cu_seqlens, kept, what)
+        found = [*found[: len(inputs)], None, None, *found[len(inputs) :]]
         return [absent(weights[0]) if x is None else x for x in found]
+    if not what.derived_by_hand:
+        generic = replay.GenericCall((*inputs, gamma, delta), weights, norm, state, position, cu_seqlens, what)
+        of_tokens, of_norm, of_start = replay.backward(generic, grad_o, grad_state, kept)
+        return _lay_out(generic, (*inputs, gamma, delta), of_tokens, of_norm, norm) + [
+            x.to(old.dtype) for x, old in zip(of_start, state or weights, strict=True)
+        ]
     call = _Call(inputs, weights, norm, state, position, cu_seqlens, what)
     grads = [None if x is None else torch.empty_like(x) for x in call.tokens]
     d_reads = call.layout.lay(grad_o, call.kind)
@@ -263,7 +247,13 @@ def neural_memory_backward_op(
                 d_norm += more
     del states, anchor, d_reads
     call.tokens.clear()  # not needed any more, and as large as the results that are laid out next
-    return _lay_out(call, inputs, grads, d_norm, norm, d_states, d_anchor)
+    out = _lay_out(call, (*inputs, None, None), [*grads, None, None], d_norm, norm)
+    if state:
+        return out + [x.to(s.dtype) for x, s in zip(call.join(d_states, d_anchor), state, strict=True)]
+    for d_state, d_held, w in zip(d_states, d_anchor, weights, strict=True):
+        both = d_state[:, : w.shape[-2]] + d_held
+        out.append(both.unflatten(0, (call.rows, call.heads)).sum(0).to(w.dtype))
+    return out
 
 
 def _step_backward(
@@ -304,57 +294,46 @@ def _step_backward(
 
 
 def _lay_out(
-    call: _Call,
+    call: Call,
     inputs: Sequence[Tensor | None],
-    grads: list[Tensor | None],
+    grads: Sequence[Tensor | None],
     d_norm: Tensor | None,
     norm: Tensor | None,
-    d_states: list[Tensor],
-    d_anchor: list[Tensor],
 ) -> list[Tensor]:
-    """The gradients in the layouts and dtypes of the inputs, in the order the backward operator documents."""
+    """The gradients of tokens and norm in the layouts and dtypes of the inputs, empty where there are none."""
     out = []
     for x, grad in zip(inputs, grads, strict=True):
         out.append(absent(call.weights[0]) if x is None or grad is None else call.layout.restore(grad).to(x.dtype))
     out.append(absent(call.weights[0]) if norm is None or d_norm is None else d_norm.to(norm.dtype))
-    if call.state:
-        found = call.join(d_states, d_anchor)
-        return out + [x.to(s.dtype) for x, s in zip(found, call.state, strict=True)]
-    for d_state, d_held, w in zip(d_states, d_anchor, call.weights, strict=True):
-        both = d_state[:, : w.shape[-2]] + d_held
-        out.append(both.unflatten(0, (call.rows, call.heads)).sum(0).to(w.dtype))
     return out
 
 
 @neural_memory_backward_op.register_fake
 def _(
-    grad_o, grad_state, q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, kept, spec,
-    triton,
+    grad_o, grad_state, q, k, v, step, log_retain, log_momentum, gamma, delta, weights, norm, state, position,
+    cu_seqlens, kept, spec, triton,
 ):  # fmt: skip
-    shaped = [q, k, v, step, log_retain, log_momentum, norm, *(state or weights)]
+    shaped = [q, k, v, step, log_retain, log_momentum, gamma, delta, norm, *(state or weights)]
     return [
         absent(weights[0]) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in shaped
     ]
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu_seqlens, spec, _, triton = inputs
-    what = MemorySpec.decode(spec)
-    finals = what.layers * (3 if what.has_momentum else 2)
+    *tokens, weights, norm, state, position, cu_seqlens, spec, _, triton = inputs
+    finals = len(state_names(MemorySpec.decode(spec)))
     kept = output[2 + finals :]
     ctx.mark_non_differentiable(output[1 + finals], *kept)
     ctx.set_materialize_grads(False)  # zeros for every kept state would double them
     ctx.final_shapes = [x.shape for x in output[1 : 1 + finals]]
     ctx.counts = (len(weights), len(state))
     ctx.spec, ctx.triton = spec, triton
-    tokens = (q, k, v, step, log_retain, log_momentum)
     ctx.save_for_backward(*tokens, norm, position, cu_seqlens, *weights, *state, *kept)
 
 
 def _backward(ctx, grads):
     saved = ctx.saved_tensors  # asked for once: activation checkpointing hands out each tensor a single time
-    *tokens, norm, position, cu_seqlens = saved[:9]
-    rest = saved[9:]
+    tokens, (norm, position, cu_seqlens), rest = saved[:8], saved[8:11], saved[11:]
     n_weights, n_state = ctx.counts
     weights, state, kept = rest[:n_weights], rest[n_weights : n_weights + n_state], rest[n_weights + n_state :]
     q, _, v = tokens[:3]
@@ -367,25 +346,23 @@ def _backward(ctx, grads):
     found = neural_memory_backward_op(
         d_o, d_final, *tokens, weights, norm, state, position, cu_seqlens, kept, ctx.spec, ctx.triton
     )
-    d_tokens = present(found[:6], tokens)
-    d_norm = None if norm is None else found[6]
-    d_weights = [None] * n_weights if n_state else found[7:]
-    return (*d_tokens, d_weights, d_norm, found[7:] if n_state else [], None, None, None, None, None)
+    d_tokens = present(found[:8], tokens)
+    d_norm = None if norm is None else found[8]
+    d_weights = [None] * n_weights if n_state else found[9:]
+    return (*d_tokens, d_weights, d_norm, found[9:] if n_state else [], None, None, None, None, None)
 
 
 neural_memory_op.register_autograd(_backward, setup_context=_setup)
 
 
-def _forward_flops(
-    q, k, v, step, log_retain, log_momentum, weights, norm, state, position, cu, spec, keep, triton, out_shape=None
-):
-    return matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], MemorySpec.decode(spec))
+def _forward_flops(q, k, v, step, log_retain, log_momentum, gamma, delta, weights, *rest, out_shape=None):
+    spec = MemorySpec.decode(rest[4])
+    return matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], spec)
 
 
-def _backward_flops(
-    grad_o, grad_state, q, k, v, step, lr, lm, weights, norm, state, position, cu, kept, spec, triton, out_shape=None
-):
-    return 2 * matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], MemorySpec.decode(spec))
+def _backward_flops(grad_o, grad_state, q, k, v, step, lr, lm, gamma, delta, weights, *rest, out_shape=None):
+    spec = MemorySpec.decode(rest[5])
+    return 2 * matmul_flops(q[0] * q[1], q[2], [w[-2:] for w in weights], spec)
 
 
 flop_formula(torch.ops.palimpsest.neural_memory, _forward_flops)

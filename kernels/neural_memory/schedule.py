@@ -13,11 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One chunk of every active sequence.
+    """One chunk, or a part of one, of every active sequence.
 
     ``rows`` sequences are active. Their tokens are ``index`` [rows, width] into the flat token axis, with ``valid``
     [rows, width] false where a slot holds no token; or, where all rows of a dense batch agree, ``span`` (start, end)
-    along T and no mask. ``ended`` says which chunks are complete: for all rows at once, or bool [rows].
+    along T and no mask. ``ended`` says which chunks are complete: for all rows at once, or bool [rows]. Where a step is
+    a part of a chunk, ``turned`` says which parts are.
     """
 
     rows: int
@@ -25,6 +26,7 @@ class Step:
     valid: Tensor | None
     span: tuple[int, int] | None
     ended: bool | Tensor
+    turned: bool | Tensor
 
 
 @dataclass(frozen=True)
@@ -36,45 +38,64 @@ class Schedule:
     position: Tensor
 
 
-def dense_schedule(batch: int, length: int, chunk: int, start: int, device: torch.device) -> Schedule:
+def dense_schedule(batch: int, length: int, chunk: int, start: int, part: int, device: torch.device) -> Schedule:
     """All rows of one length, at one position ``start`` inside their chunk: plain slices."""
-    borders = [0, *range(min(chunk - start, length), length, chunk), length] if length else [0]
-    steps = [Step(batch, None, None, (a, b), (start + b) % chunk == 0) for a, b in pairwise(borders)]
+    borders = [0, *range(min(part - start % part, length), length, part), length] if length else [0]
+    after = [start + b for b in borders]
+    steps = [
+        Step(batch, None, None, span, end % chunk == 0, end % part == 0)
+        for span, end in zip(pairwise(borders), after[1:], strict=True)
+    ]
     position = torch.full((batch,), (start + length) % chunk, dtype=torch.int32, device=device)
     return Schedule(steps, None, position)
 
 
-def ragged_schedule(starts: Tensor, lengths: Tensor, position: Tensor, chunk: int, device: torch.device) -> Schedule:
+def ragged_schedule(
+    starts: Tensor, lengths: Tensor, position: Tensor, chunk: int, part: int, device: torch.device
+) -> Schedule:
     """Sequences of unequal ``lengths`` [N] beginning at flat token ``starts`` [N], each at its own ``position`` [N].
 
     All three are int64 on the CPU; the index tensors of the steps lie on ``device``.
     """
-    chunks = (position * (lengths > 0) + lengths + chunk - 1) // chunk
+    chunks = (position % part * (lengths > 0) + lengths + part - 1) // part  # of ``part`` tokens
     order = torch.argsort(chunks, descending=True, stable=True)
     starts, lengths, position, chunks = (x[order] for x in (starts, lengths, position, chunks))
+    inside = position % part
     steps = []
     for c in range(int(chunks[0]) if len(chunks) else 0):
         rows = int((chunks > c).sum())
-        # Slot s of chunk c holds token number c·C + s − position of its sequence.
-        number = torch.arange(c * chunk, (c + 1) * chunk) - position[:rows, None]
+        # Slot s of part c holds token number c·part + s − inside of its sequence.
+        number = torch.arange(c * part, (c + 1) * part) - inside[:rows, None]
         valid = (number >= 0) & (number < lengths[:rows, None])
         used = valid.any(0).nonzero()
         low, high = int(used[0]), int(used[-1]) + 1
         index = (starts[:rows, None] + number).clamp(min=0) * valid
-        ended = (position + lengths)[:rows] >= (c + 1) * chunk
-        steps.append(Step(rows, index[:, low:high].to(device), valid[:, low:high].to(device), None, ended.to(device)))
+        turned = (inside + lengths)[:rows] >= (c + 1) * part
+        ended = turned & (((position - inside)[:rows] + (c + 1) * part) % chunk == 0)
+        flags = ended.to(device), turned.to(device)
+        steps.append(Step(rows, index[:, low:high].to(device), valid[:, low:high].to(device), None, *flags))
     after = torch.empty_like(position)
     after[order] = (position + lengths) % chunk
     return Schedule(steps, order.to(device), after.to(device, torch.int32))
 
 
 def make_schedule(
-    batch: int, length: int, chunk: int, position: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
+    batch: int,
+    length: int,
+    chunk: int,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+    part: int | None = None,
 ) -> Schedule:
-    """The schedule of a call. Reads ``position`` and ``cu_seqlens`` on the host when they are given."""
+    """The schedule of a call, in steps of ``part`` tokens, which divides ``chunk`` (None: whole chunks).
+
+    Reads ``position`` and ``cu_seqlens`` on the host when they are given.
+    """
+    part = part or chunk
     where = [0] * batch if position is None else position.tolist()
     if cu_seqlens is None and len(set(where)) <= 1:
-        return dense_schedule(batch, length, chunk, where[0] if where else 0, device)
+        return dense_schedule(batch, length, chunk, where[0] if where else 0, part, device)
     if cu_seqlens is None:
         starts = torch.arange(batch) * length
         lengths = torch.full((batch,), length)
@@ -82,4 +103,4 @@ def make_schedule(
         borders = cu_seqlens.to("cpu", torch.int64)
         starts, lengths = borders[:-1], borders[1:] - borders[:-1]
         where = [0] * len(lengths) if position is None else where
-    return ragged_schedule(starts, lengths, torch.tensor(where), chunk, device)
+    return ragged_schedule(starts, lengths, torch.tensor(where), chunk, part, device)

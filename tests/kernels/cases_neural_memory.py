@@ -44,14 +44,17 @@ def make(
     q, k = (torch.nn.functional.normalize(draw.normal(*shape, width), dim=-1) for _ in range(2))
     own = Draw(5, torch.float64)  # parameters: the same for every batch and length
     shapes = spec.weight_shapes(heads, width, width)
+    unlike = 0.0 if spec.retention == "kl" else 0.5  # of kl these are logarithms: if near, all outputs are nearly one
     return {
         "q": q,
         "k": k,
         "v": draw.normal(*shape, width),
         "step": draw.uniform(0.02, 0.2, *shape, dtype=gate),
-        "log_retain": draw.uniform(-0.3, -0.01, *shape, dtype=gate) if spec.retention == "l2" else None,
-        "log_momentum": draw.uniform(-2.0, -0.2, *shape, dtype=gate) if spec.has_momentum else None,
-        "weights": [own.normal(*s, scale=s[1] ** -0.5, dtype=draw.dtype) for s in shapes],
+        "log_retain": draw.uniform(-0.3, -0.01, *shape, dtype=gate) if spec.retention_gate else None,
+        "log_momentum": draw.uniform(-2.0, -0.2, *shape, dtype=gate) if spec.momentum_gate else None,
+        "gamma": draw.uniform(0.2, 1.0, *shape, dtype=gate) if spec.window > 1 else None,
+        "delta": draw.uniform(0.5, 2.0, *shape, dtype=gate) if spec.bias == "huber" else None,
+        "weights": [own.normal(*s, scale=s[1] ** -unlike, dtype=draw.dtype) for s in shapes],
         "norm": own.uniform(0.5, 1.5, heads, width, dtype=draw.dtype) if spec.norm else None,
         "spec": spec,
     }
@@ -82,7 +85,7 @@ def register(name: str, spec: MemorySpec, block: int, **options: Any) -> None:
             operation="neural_memory",
             call=neural_memory,
             make=partial(make, spec=spec, **sizes),
-            tokens=("q", "k", "v", "step", "log_retain", "log_momentum"),
+            tokens=("q", "k", "v", "step", "log_retain", "log_momentum", "gamma", "delta"),
             state=True,
             packed=True,
             block=block,

@@ -45,6 +45,9 @@ def state(rows: int = 2, spec: MemorySpec = SPEC) -> dict[str, torch.Tensor]:
         ({"log_momentum": torch.zeros(2, 6, 1)}, r"log_momentum\.shape was \(2, 6, 1\)"),
         ({"spec": MemorySpec(expansion=2, rule="gd")}, "log_momentum was a tensor .*must be None"),
         ({"spec": "titans"}, "spec was str; it must be a MemorySpec"),
+        ({"gamma": torch.zeros(2, 6, 2)}, "gamma was a tensor .*must be None for window=1"),
+        ({"spec": MemorySpec(expansion=2, window=2)}, "gamma was None; it must be given for window=2"),
+        ({"spec": MemorySpec(expansion=2, bias="huber")}, "delta was None; it must be given for bias='huber'"),
         ({"weights": []}, "weights was 0 tensors; it must be 2"),
         ({"weights": [torch.zeros(2, 4, 8), torch.zeros(2, 4, 8)]}, r"weights\[1\]\.shape was \(2, 4, 8\)"),
         ({"norm": None}, "norm was None; it must be given"),
@@ -70,8 +73,12 @@ def test_borders_that_do_not_fit_are_named(borders: list[int]) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"network": "rnn"}, {"bias": "l1"}, {"retention": "lq"}, {"rule": "muon"}, {"depth": 0}, {"expansion": 1.5},
+        {"network": "rnn"}, {"bias": "l1"}, {"retention": "l1"}, {"rule": "adam"}, {"depth": 0}, {"expansion": 1.5},
         {"chunk_size": 0}, {"norm": 1}, {"network": "linear", "depth": 2}, {"network": "mlp", "depth": 1},
+        {"network": "gated_mlp", "depth": 3}, {"window": 0}, {"ns_steps": 0}, {"lp_power": 0.5}, {"lp_sharpness": 0},
+        {"lp_smoothing": float("nan")}, {"lq_power": 1.5}, {"ns_every": 8}, {"rule": "muon", "ns_every": 0},
+        {"rule": "muon", "ns_every": 48}, {"retention": "kl", "rule": "muon"}, {"retention": "kl", "rule": "muon_gd"},
+        {"rule": "muon_gd", "chunk_size": 1}, {"rule": "muon_gd", "ns_every": 1},
     ],
 )  # fmt: skip
 def test_a_spec_that_means_nothing_is_refused(wrong: dict[str, Any]) -> None:
@@ -80,7 +87,8 @@ def test_a_spec_that_means_nothing_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_spec_survives_its_encoding() -> None:
-    for spec in (MemorySpec(), MemorySpec("linear", norm=True), MemorySpec(rule="gd", chunk_size=1, norm=False)):
+    odd = MemorySpec("gated_mlp", bias="lp", rule="muon", window=3, ns_every=16, lp_smoothing=1e-9, lp_power=2.5)
+    for spec in (MemorySpec(), MemorySpec("linear", norm=True), MemorySpec(rule="gd", chunk_size=1, norm=False), odd):
         assert MemorySpec.decode(spec.encode()) == spec
 
 

@@ -1,0 +1,206 @@
+"""The whole design space of neural memory: a covering array of it against the token loop, and its other promises.
+
+The array is cheap because it is small, 216 memories of four tokens a chunk; what holds of every operation besides its
+values (``harness.py``) is asked of two memories that have between them all that is not in ``cases_neural_memory.py``.
+"""
+
+import random
+from functools import cache, partial
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+from cases_neural_memory import NORM_EXACT, NORM_SINGLE, costs, make
+from harness import (
+    EXACT,
+    Draw,
+    OperationCase,
+    assert_close,
+    check_autocast,
+    check_compile,
+    check_cost,
+    check_equals_reference,
+    check_operators,
+    check_packed,
+    check_poisoned,
+    check_repeat,
+    check_split,
+    check_unseen,
+    outputs_and_gradients,
+)
+
+from palimpsest.kernels import MemorySpec, neural_memory, neural_memory_state
+from palimpsest.kernels.neural_memory.spec import BIASES, RETENTIONS, RULES
+
+CHUNK, LENGTH = 4, 6
+BORDERS = torch.tensor([0, 1, 1, 6], dtype=torch.int32)  # packed: one document is empty, another crosses chunks
+WORDS = {"linear": {"network": "linear"}, "mlp": {"depth": 2}, "deep": {"depth": 3}, "gated": {"network": "gated_mlp"}}
+#: Every choice with all its values: a network by its word, ``ns_every`` where the rule is a muon.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "bias": BIASES,
+    "retention": RETENTIONS,
+    "rule": RULES,
+    "network": tuple(WORDS),
+    "norm": (True, False),
+    "residual": (True, False),
+    "window": (1, 2, 6),
+    "read_after_write": (True, False),
+    "ns_every": (None, 2),
+    "packed": (False, True),
+    "warm": (False, True),
+}
+# Five Newton-Schulz steps multiply small singular values, and the rounding in them, by 3.4445^5 = 480.
+MUON_EXACT, MUON_SINGLE = 5e-11, 1e-3
+# Between them, all that no case of ``cases_neural_memory.py`` has; a halo that is shorter than a step, and one longer.
+BOTH = {
+    "gated_huber_norm_muon": MemorySpec(
+        "gated_mlp", expansion=2, bias="huber", retention="norm", rule="muon", chunk_size=CHUNK, ns_every=2, window=2
+    ),
+    "linear_lp_kl": MemorySpec(
+        "linear", norm=True, bias="lp", retention="kl", chunk_size=CHUNK, read_after_write=False, window=6
+    ),
+}
+both = pytest.mark.parametrize("spec", BOTH.values(), ids=BOTH)
+
+
+def spec_of(row: dict[str, Any]) -> MemorySpec:
+    """The memory of a row; ValueError where it means nothing."""
+    choices = {name: x for name, x in row.items() if name not in ("network", "packed", "warm")}
+    return MemorySpec(expansion=2, chunk_size=CHUNK, **WORDS[row["network"]], **choices)
+
+
+@cache
+def means_something(*choices: tuple[str, Any]) -> bool:
+    """Whether a memory with these choices is allowed, whatever the others are."""
+    given = dict(choices)
+    if given.get("ns_every") is not None:
+        given.setdefault("rule", "muon")
+    try:
+        spec_of({"network": "linear"} | given)
+    except ValueError:
+        return False
+    return True
+
+
+def pairs(row: dict[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
+    """All pairs of choices in a row."""
+    return set(combinations(row.items(), 2))
+
+
+@cache
+def array() -> list[dict[str, Any]]:
+    """Three rows for every bias, retention and rule that go together, the rest such that all pairs occur."""
+    draw, seen, rows = random.Random(0), set(), []
+    for _, *first in product(range(3), BIASES, RETENTIONS, RULES):
+        fixed = dict(zip(("bias", "retention", "rule"), first, strict=True))
+        if not means_something(*fixed.items()):
+            continue
+        candidates = []
+        for _ in range(20):
+            row = {name: fixed.get(name, draw.choice(values)) for name, values in VALUES.items()}
+            row["ns_every"] = row["ns_every"] if "muon" in row["rule"] else None
+            candidates.append((len(pairs(row) - seen), len(candidates), row))
+        rows.append(max(candidates)[2])
+        seen |= pairs(rows[-1])
+    return rows
+
+
+def case_of(spec: MemorySpec, heads: int = 1) -> OperationCase:
+    """A case of the operation with a memory."""
+    # Of kl all weights are positive: the differences that a loss sees cancel, as in a LayerNorm.
+    exact = MUON_EXACT if spec.orthogonal else NORM_EXACT if spec.norm or spec.retention == "kl" else EXACT
+    return OperationCase(
+        name="neural_memory",
+        operation="neural_memory",
+        call=neural_memory,
+        make=partial(make, spec=spec, heads=heads),
+        tokens=("q", "k", "v", "step", "log_retain", "log_momentum", "gamma", "delta"),
+        state=True,
+        packed=True,
+        block=CHUNK,
+        cost=costs,
+        exact=exact,
+        single=MUON_SINGLE if spec.orthogonal else NORM_SINGLE,
+        backends=("torch",),
+    )
+
+
+def any_state(spec: MemorySpec, weights: list[torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """A state as no sequence leaves it: every tensor is drawn by itself, so that none is taken for another."""
+    draw, state = Draw(3, torch.float64), neural_memory_state(weights, rows, spec)
+    found = {name: x + draw.normal(*x.shape, scale=0.1) for name, x in state.items() if name != "position"}
+    found |= {
+        name: draw.uniform(0.2, 1.0, *x.shape) for name, x in found.items() if name in ("halo.gamma", "halo.delta")
+    }
+    return found | {"position": draw.integers(CHUNK, rows).to(torch.int32)}
+
+
+def test_the_array_holds_every_pair() -> None:
+    assert len(array()) >= 200
+    wanted = {
+        pair
+        for one, other in combinations(VALUES, 2)
+        for pair in product(*([(name, x) for x in VALUES[name]] for name in (one, other)))
+        if means_something(*pair)
+    }
+    found = set().union(*map(pairs, array()))
+    assert found == wanted
+
+
+@pytest.mark.parametrize("row", array(), ids=lambda row: "-".join(map(str, row.values())))
+def test_every_memory_is_its_token_loop(row: dict[str, Any]) -> None:
+    """Values, state and every gradient, in float64."""
+    spec = spec_of(row)
+    case = case_of(spec, heads=2 if spec.window == 1 else 1)
+    arguments = case.arguments(0, torch.float64, 1, LENGTH)
+    extra: dict[str, Any] = {"cu_seqlens": BORDERS} if row["packed"] else {}
+    if row["warm"]:
+        extra["state"] = any_state(spec, arguments["weights"], 3 if row["packed"] else 1)
+    found, gradients = outputs_and_gradients(case, arguments, "torch", **extra)
+    wanted, expected = outputs_and_gradients(case, arguments, "reference", **extra)
+    assert_close(found, wanted, case.exact, "values")
+    assert_close(gradients, expected, case.exact, "gradients")
+
+
+@both
+def test_split_anywhere_is_whole(spec: MemorySpec) -> None:
+    """And decoding token by token: values, state and gradients."""
+    for cuts in ([3], [CHUNK, 7], list(range(1, 9))):
+        check_split(case_of(spec), "torch", 9, cuts)
+
+
+@both
+def test_packed_documents_are_apart(spec: MemorySpec) -> None:
+    for warm in (False, True):
+        check_packed(case_of(spec), "torch", 15, warm=warm)
+
+
+@both
+def test_future_and_other_rows_are_unseen(spec: MemorySpec) -> None:
+    case = case_of(spec)
+    check_unseen(case, "torch", torch.float64, 9, slice(3, None), slice(0, 3))
+    check_unseen(case, "torch", torch.float64, 9, slice(8, None), slice(0, 8))
+    check_unseen(case, "torch", torch.float32, 5, slice(None), slice(None), slice(1, 2), slice(2, 3))
+
+
+@both
+def test_single_precision_is_near(spec: MemorySpec) -> None:
+    check_equals_reference(case_of(spec), "torch", torch.float32, 6, packed=True, warm=True)
+
+
+@both
+def test_repeats_and_writes_all_it_returns(spec: MemorySpec) -> None:
+    case = case_of(spec)
+    check_repeat(case, "torch", torch.float32, packed=True, warm=True)
+    check_poisoned(case, "torch", packed=True, warm=False)
+    check_autocast(case, "torch")
+    check_cost(case, "torch")
+
+
+def test_is_an_operator() -> None:
+    check_operators(case_of(BOTH["linear_lp_kl"]), "torch", packed=True, warm=True)
+
+
+def test_compiles_whole() -> None:
+    check_compile(case_of(BOTH["gated_huber_norm_muon"]), "torch", packed=False, warm=True)
