@@ -269,7 +269,8 @@ def check_unseen(
 ) -> None:  # fmt: skip
     """Outputs of ``seen`` tokens do not move by a bit with the ``hidden`` ones, and have exactly no gradient there."""
     extra = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-    arguments = leaves(case.arguments(0, dtype, 1 if cu_seqlens is not None else 3, length))
+    rows = 1 if hidden_rows == slice(None) else 3
+    arguments = leaves(case.arguments(0, dtype, rows, length))
     for training in (False, True):  # the two may take different paths, of different rounding
         with torch.set_grad_enabled(training):
             output, _ = case.run(arguments, backend, **extra)
@@ -315,24 +316,27 @@ def assert_state(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
         assert_close([have], [want], tolerance, f"{what}: {name}")
 
 
-def check_split(case: OperationCase, backend: str, length: int, cuts: Sequence[int]) -> None:
+def check_split(case: OperationCase, backend: str, length: int, *all_cuts: Sequence[int]) -> None:
     """A sequence cut anywhere, going on from the state, is the sequence uncut: values, final state, every gradient."""
     tolerance = case.close(backend)
     arguments = leaves(case.arguments(0, case.dtype(backend), 2, length))
     whole, end = case.run(arguments, backend)
-    parts, state = [], {}
-    for first, last in zip([0, *cuts], [*cuts, length], strict=True):
-        extra = {"state": state} if state else {}
-        part, state = case.run(cut(case, arguments, slice(first, last)), backend, **extra)
-        parts.append(part)
-    joined = torch.cat(parts, 1)
-    assert_close([joined], [whole], tolerance, f"cut at {list(cuts)}")
-    assert_state(state, end, tolerance, f"final state, cut at {list(cuts)}")
     weight = Draw(3, whole.dtype).normal(*whole.shape).to(DEVICE)
-    found, wanted = (
-        torch.autograd.grad((y * weight).sum(), floats(arguments), materialize_grads=True) for y in (joined, whole)
-    )
-    assert_close(found, wanted, tolerance, f"gradients, cut at {list(cuts)}")
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((y * weight).sum(), floats(arguments), materialize_grads=True))
+
+    wanted = gradients(whole)
+    for cuts in all_cuts:
+        parts, state = [], {}
+        for first, last in zip([0, *cuts], [*cuts, length], strict=True):
+            extra = {"state": state} if state else {}
+            part, state = case.run(cut(case, arguments, slice(first, last)), backend, **extra)
+            parts.append(part)
+        joined = torch.cat(parts, 1)
+        assert_close([joined], [whole], tolerance, f"cut at {list(cuts)}")
+        assert_state(state, end, tolerance, f"final state, cut at {list(cuts)}")
+        assert_close(gradients(joined), wanted, tolerance, f"gradients, cut at {list(cuts)}")
 
 
 def check_repeat(case: OperationCase, backend: str, dtype: torch.dtype, *, packed: bool, warm: bool) -> None:

@@ -100,15 +100,14 @@ def test_packed_documents_are_apart(case: OperationCase, backend: str) -> None:
 @pytest.mark.parametrize("case, backend", runs("state"))
 def test_split_anywhere_is_whole(case: OperationCase, backend: str) -> None:
     length = case.lengths[-1]
-    for cuts in ([1], [case.block - 1], [case.block], [length - 1], [2, 3, case.block + 2]):
-        harness.check_split(case, backend, length, [c for c in cuts if 0 < c < length])
+    cuts = [1], [case.block - 1], [case.block], [length - 1], [2, 3, case.block + 2]
+    harness.check_split(case, backend, length, *([c for c in each if 0 < c < length] for each in cuts))
 
 
 @pytest.mark.parametrize("case, backend", runs("state"))
 def test_decoding_is_prefill(case: OperationCase, backend: str) -> None:
     length = case.lengths[-1]
-    harness.check_split(case, backend, length, list(range(1, length)))
-    harness.check_split(case, backend, length, list(range(case.block, length)))
+    harness.check_split(case, backend, length, list(range(1, length)), list(range(case.block, length)))
 
 
 @pytest.mark.parametrize("case, backend, packed, warm", situations())
