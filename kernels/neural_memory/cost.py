@@ -32,7 +32,8 @@ def matmul_flops(tokens: int, heads: int, widths: Sequence[tuple[int, int]], spe
 
 def halo_numbers(key_dim: int, value_dim: int, spec: MemorySpec) -> int:
     """Numbers that a state holds of the window's last tokens, for one row and head."""
-    return (spec.window - 1) * (key_dim + value_dim + 1 + (spec.bias == "huber"))
+    gates = 2 if spec.bias == "huber" else 1
+    return (spec.window - 1) * (key_dim + value_dim + gates)
 
 
 def gate_numbers(spec: MemorySpec) -> int:

@@ -113,7 +113,9 @@ def test_a_document_of_nan_stays_alone() -> None:
     assert found[:, :4].isnan().any() and found[:, 4:].equal(clean[:, 4:])
 
 
-@pytest.mark.parametrize("spec", [SPEC, MemorySpec("linear", retention="none", rule="gd")])
+@pytest.mark.parametrize(
+    "spec", [SPEC, MemorySpec("linear", retention="none", rule="gd"), MemorySpec("gated_mlp", expansion=2)]
+)
 def test_read_is_the_network(spec: MemorySpec) -> None:
     given = make(Draw(0, torch.float64), 2, 5, spec=spec)
     wanted = network(given["q"], given["weights"], given["norm"], spec)

@@ -27,10 +27,12 @@ from harness import (
     check_repeat,
     check_split,
     check_unseen,
+    error,
     outputs_and_gradients,
 )
 
-from palimpsest.kernels import MemorySpec, neural_memory, neural_memory_state
+from palimpsest.kernels import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
+from palimpsest.kernels.neural_memory.cost import matmul_flops
 from palimpsest.kernels.neural_memory.spec import BIASES, RETENTIONS, RULES
 
 CHUNK, LENGTH = 4, 6
@@ -196,6 +198,59 @@ def test_repeats_and_writes_all_it_returns(spec: MemorySpec) -> None:
     check_poisoned(case, "torch", packed=True, warm=False)
     check_autocast(case, "torch")
     check_cost(case, "torch")
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """Counted by hand, D = 4, F = 8: for a step of n = 2 tokens and a halo of one key that is taken again."""
+    gated, widths = BOTH["gated_huber_norm_muon"], [(4, 8), (8, 4), (4, 8)]
+    # Forward of three keys, two reads of W, updates of S: three products; once more for δ W2ᵀ.
+    products = 3 * (2 * 32 * (3 + 2 + 3)) + 2 * 32 * 3
+    squares = 3 * 5 * (4 * 4**2 * 8 + 2 * 4**3)
+    assert matmul_flops(2, 1, widths, gated) == products + squares
+    # A linear memory, nine keys for a step of four: x W, W's update, S's; of four queries x W, x S and kl's.
+    linear = BOTH["linear_lp_kl"]
+    triangle = 4 * 8 * (4 + 1 + 2 * 5)
+    assert matmul_flops(4, 1, [(4, 4)], linear) == 2 * 16 * (3 * 9 + 3 * 4) + triangle
+
+
+@pytest.mark.parametrize("retention", ["lq", "kl"])
+def test_weights_of_a_state_are_what_is_read(retention: str) -> None:
+    """Also inside of a chunk: a token that writes nothing, of any rule, reads what ``neural_memory_read`` does."""
+    spec = MemorySpec(expansion=2, retention=retention, rule="gd", chunk_size=CHUNK)
+    given = make(Draw(0, torch.float64), 2, 6, spec=spec)
+    _, state = neural_memory(**given, return_state=True)
+    assert state is not None
+    last = {
+        name: x[:, -1:] if isinstance(x, torch.Tensor) and x.dim() > 2 and name not in ("norm",) else x
+        for name, x in given.items()
+    }
+    still = last | {"step": torch.zeros_like(last["step"]), "log_retain": torch.zeros_like(last["log_retain"])}
+    wanted, _ = neural_memory(**still, state=state)
+    found = neural_memory_read(still["q"], weights=state, spec=spec, norm=given["norm"])
+    assert error(found, wanted) <= NORM_EXACT
+
+
+def test_what_a_state_begins_with() -> None:
+    """W_0 of kl is positive and sums to its inputs, whatever is given; of lq it has the norm that D's says."""
+    given = [torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)]
+    kl = neural_memory_state(given, 3, MemorySpec("linear", retention="kl"))["weights.0"]
+    assert (kl > 0).all() and error(kl.sum(-2), torch.full((3, 2, 4), 4.0, dtype=torch.float64)) <= EXACT
+    assert error(kl / kl[..., :1, :], (given[0] - given[0][:, :1]).exp().expand(3, -1, -1, -1)) <= EXACT
+    lq = neural_memory_state(given, 3, MemorySpec("linear", retention="lq", lq_power=4))["weights.0"]
+    norms = lq.abs().pow(4).sum((-2, -1)).pow(0.25)
+    assert error(norms, given[0].abs().pow(4).sum((-2, -1)).pow(-0.25).expand(3, 2)) <= EXACT
+
+
+@pytest.mark.parametrize("rule", ["gd", "muon"])
+def test_norms_are_kept(rule: str) -> None:
+    """Of every output unit's weights, chunk by chunk, whatever is written: LaCT's retention."""
+    spec = MemorySpec(expansion=2, retention="norm", rule=rule, chunk_size=CHUNK)
+    given = make(Draw(0, torch.float64), 2, 2 * CHUNK, spec=spec)
+    _, state = neural_memory(**given, return_state=True)
+    assert state is not None
+    for i, start in enumerate(given["weights"]):
+        assert not torch.allclose(state[f"weights.{i}"], start.expand(2, -1, -1, -1))
+        assert error(state[f"weights.{i}"].norm(dim=-2), start.norm(dim=-2).expand(2, -1, -1)) <= EXACT
 
 
 def test_is_an_operator() -> None:

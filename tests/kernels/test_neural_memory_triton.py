@@ -162,6 +162,11 @@ def test_every_configuration_is_right(spec: MemorySpec) -> None:
         ({"expansion": 3}, "expansion was 3; it must be 1, 2, 4 or 8"),
         ({"chunk_size": 48}, "chunk_size was 48; it must be 16, 32 or a multiple of 64"),
         ({"dtype": torch.float64}, r"q\.dtype was float64; it must be float32, bfloat16 or float16"),
+        ({"network": "gated_mlp"}, "network was gated_mlp; it must be linear or mlp"),
+        ({"bias": "huber"}, "bias was huber; it must be l2 or dot"),
+        ({"retention": "norm"}, "retention was norm; it must be l2 or none"),
+        ({"rule": "muon"}, "rule was muon; it must be gd or momentum"),
+        ({"window": 2}, "window was 2; it must be 1"),
     ],
 )
 def test_what_the_kernels_do_not_cover_is_named(changes: dict[str, Any], named: str) -> None:
