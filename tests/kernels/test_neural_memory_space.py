@@ -5,6 +5,7 @@ values (``harness.py``) is asked of two memories that have between them all that
 """
 
 import random
+from dataclasses import replace
 from functools import cache, partial
 from itertools import combinations, product
 from typing import Any
@@ -239,6 +240,18 @@ def test_what_a_state_begins_with() -> None:
     lq = neural_memory_state(given, 3, MemorySpec("linear", retention="lq", lq_power=4))["weights.0"]
     norms = lq.abs().pow(4).sum((-2, -1)).pow(0.25)
     assert error(norms, given[0].abs().pow(4).sum((-2, -1)).pow(-0.25).expand(3, 2)) <= EXACT
+
+
+def test_before_the_first_token_there_is_nothing_in_the_window() -> None:
+    """It writes γ θ of its own, as without a window; and no tokens leave the state as it was."""
+    spec = MemorySpec("gated_mlp", expansion=2, bias="huber", window=6, chunk_size=CHUNK)
+    given = make(Draw(0, torch.float64), 2, 1, spec=spec)
+    alone = given | {"spec": replace(spec, window=1), "step": given["step"] * given["gamma"], "gamma": None}
+    found, state = neural_memory(**given, return_state=True)
+    assert error(found, neural_memory(**alone)[0]) <= NORM_EXACT
+    o, after = neural_memory(**make(Draw(0, torch.float64), 2, 0, spec=spec), state=state, return_state=True)
+    assert state is not None and after is not None
+    assert o.shape == (2, 0, 2, 4) and all(after[name].equal(x) for name, x in state.items())
 
 
 @pytest.mark.parametrize("rule", ["gd", "muon"])
