@@ -11,23 +11,31 @@ from .strict import Count, Positive, Strict
 
 
 class MemoryRule(Strict):
-    """A neural memory (Titans, eqs. 8-15): its network, its inner loss and how it learns.
+    """A neural memory: its network, its inner loss, what it keeps and how it learns; see
+    :class:`palimpsest.kernels.neural_memory.MemorySpec` for the meaning of every key.
 
-    ``depth``, ``norm`` and ``residual``: null takes the network's default (mlp: 2, true, true; linear: 1,
+    ``depth``, ``norm`` and ``residual``: null takes the network's default (mlp and gated_mlp: 2, true, true; linear: 1,
     false, false).
     ``step_max`` bounds depth times the effective step of one chunk, sum of theta / (1 - eta), at every chunk length.
     """
 
-    network: Literal["mlp", "linear"] = "mlp"
+    network: Literal["mlp", "linear", "gated_mlp"] = "mlp"
     depth: Count | None = None
     expansion: Count = 4
     norm: bool | None = None
     residual: bool | None = None
-    bias: Literal["l2", "dot"] = "l2"
-    retention: Literal["l2", "none"] = "l2"
-    rule: Literal["momentum", "gd"] = "momentum"
+    bias: Literal["l2", "dot", "lp", "huber"] = "l2"
+    retention: Literal["l2", "none", "lq", "kl", "norm"] = "l2"
+    rule: Literal["momentum", "gd", "muon", "muon_gd"] = "momentum"
     chunk_size: Count = 64
     read_after_write: bool = True
+    window: Count = 1
+    ns_every: Count | None = None
+    ns_steps: Count = 5
+    lp_power: Annotated[float, Field(ge=1)] = 3.0
+    lp_sharpness: Positive = 10.0
+    lp_smoothing: Positive = 1e-6
+    lq_power: Annotated[float, Field(ge=2)] = 4.0
     step_max: Positive = 2.0
 
     @property
@@ -44,15 +52,41 @@ class MemoryRule(Strict):
         return self
 
 
+class Features(Strict):
+    """A feature map on a memory's queries and keys (ATLAS): a ``polynomial`` of ``degree`` with learnt coefficients, of
+    every channel or (``width``) of random projections to so many channels; ``exp``; or ``identity``.
+    """
+
+    kind: Literal["polynomial", "exp", "identity"] = "polynomial"
+    degree: Annotated[int, Field(ge=1, le=8)] = 2
+    width: Count | None = None
+
+    @model_validator(mode="after")
+    def _width_is_a_sketch(self) -> Self:
+        if self.width is not None and self.kind != "polynomial":
+            raise ValueError(f"width was {self.width}; it must be null for the features {self.kind}")
+        if self.width is not None and self.width < self.degree:
+            raise ValueError(f"width was {self.width}; it must be at least degree = {self.degree}")
+        return self
+
+
 class MemoryConfig(MemoryRule):
     """A neural memory and the layer around it (Titans, section 4.4). Head width is ``dim // heads``.
 
-    ``conv`` is the width of the short causal convolution on q, k and v (0: none).
+    ``conv`` is the width of the short causal convolution on q, k and v (0: none). ``features`` (null: none): a feature
+    map on q and k.
     """
 
     heads: Count = 4
     conv: Annotated[int, Field(ge=0, le=16)] = 4
     output_gate: Literal["silu", "none"] = "silu"
+    features: Features | None = None
+
+    @model_validator(mode="after")
+    def _widths_meet(self) -> Self:
+        if self.features is not None and self.features.width is not None and self.spec.residual:
+            raise ValueError(f"width of features was {self.features.width}; with residual: true it must be null")
+        return self
 
 
 class Heads(Strict):

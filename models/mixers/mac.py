@@ -95,8 +95,7 @@ class MemoryAsContext(Mixer):
         batch, length, _ = x.shape
         if not length:
             return torch.zeros_like(x), state or self.init_state(batch, x.device, x.dtype)
-        start = dict(zip(self.memory.weight_names, self.memory.start(), strict=True))
-        held = state or {"memory": None, "segment": start, "cache": None}
+        held = state or {"memory": None, "segment": self.memory.start_weights(), "cache": None}
         streams, query = self._streams(x, place, held.get("query"), return_state)
         prefix = self.attention.prefix()
         outputs = []
@@ -108,7 +107,7 @@ class MemoryAsContext(Mixer):
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         if not return_state:
             return y, None
-        segment = {name: w if w.dim() == 4 else w.expand(batch, *w.shape) for name, w in held["segment"].items()}
+        segment = {name: w.expand(batch, *w.shape[1:]) for name, w in held["segment"].items()}
         after = torch.full((batch,), (place + length) % self.segment, dtype=torch.int32, device=x.device)
         return y, held | {"segment": segment, "position": after} | ({"query": query} if query else {})
 

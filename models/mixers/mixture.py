@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 from ...kernels import delta_rule, l2_norm, linear_attention, neural_memory, neural_memory_read, short_conv
 from ...kernels.grouped_linear import grouped_linear
-from ...kernels.neural_memory.state import fresh_state
+from ...kernels.neural_memory.state import fresh_state, halo_shapes
 from ...kernels.routing import Routing, balance_loss, combine, dispatch, route, router_z_loss
 from ..config import ModelConfig
 from ..layers import Linear, RMSNorm, full_precision
 from ..losses import add_loss
 from ..mixer_config import Mixture
+from .gates import MemoryGates
 from .mixer import LayerState, Mixer
-from .neural_memory import MemoryGates, draw_start
+from .neural_memory import draw_start
 
 
 class DecayGates(nn.Module):
@@ -49,20 +50,21 @@ class DecayGates(nn.Module):
             nn.init.constant_(self.retain_bias, math.log(math.e - 1))
             nn.init.uniform_(self.retain_log, math.log(1e-3), math.log(1e-1))
 
-    def activate(self, z: Tensor) -> list[Tensor]:
-        """z [..., outputs] → β and log a [..., H], those of them that the rule has."""
+    def activate(self, z: Tensor) -> dict[str, Tensor]:
+        """z [..., outputs] → β as ``beta`` and log a as ``log_decay`` [..., H], those of them that the rule has."""
         kind = torch.float64 if z.dtype == torch.float64 else torch.float32
         parts = list(z.to(kind).split(self.heads, dim=-1))
-        gates = [torch.sigmoid(parts.pop(0))] if self.writes else []
+        gates = {"beta": torch.sigmoid(parts.pop(0))} if self.writes else {}
         if self.decays:
-            gates.append(F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -self.retain_log.to(kind).exp())
+            rate = self.retain_log.to(kind).exp()
+            gates["log_decay"] = F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -rate
         return gates
 
     def named(self, z: Tensor) -> dict[str, Tensor]:
         """β as ``write`` and a as ``retention``, of z [..., outputs]: [..., H] each, those that the rule has."""
         gates = self.activate(z)
-        found = {"write": gates.pop(0)} if self.writes else {}
-        return found | ({"retention": gates.pop(0).exp()} if self.decays else {})
+        found = {"write": gates["beta"]} if self.writes else {}
+        return found | ({"retention": gates["log_decay"].exp()} if self.decays else {})
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class MixtureOfMemories(Mixer):
             run = partial(linear, chunk_size=self.mixer.chunk_size)
         inputs = (s.lay(y) for y in (q, k, v))
         gates = self.gates.activate(s.lay(z))
-        o, after = run(*inputs, *gates, state=s.take(state), cu_seqlens=s.cu_seqlens, return_state=return_state)
+        o, after = run(*inputs, **gates, state=s.take(state), cu_seqlens=s.cu_seqlens, return_state=return_state)
         return s.lay(o), s.put(state, after)
 
     def forward(
@@ -254,6 +256,8 @@ class MixtureOfMemories(Mixer):
         assert self.spec is not None
         kind = torch.float64 if self.weights[0].dtype == torch.float64 else torch.float32
         state = fresh_state([w.to(kind) for w in self.weights], rows, self.spec)
+        for name, shape in halo_shapes([w[0] for w in self.weights], self.spec).items():
+            state[f"halo.{name}"] = self.weights[0].new_zeros(rows, self.memories, *shape, dtype=kind)
         return state | {"position": state["position"][:, None].repeat(1, self.memories)}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:

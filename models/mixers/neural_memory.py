@@ -1,116 +1,52 @@
 """The neural memory layer (Titans LMM), and what MAC, MAG and MAL share with it."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import l2_norm, neural_memory, neural_memory_read, neural_memory_state, short_conv
+from ...kernels.neural_memory.reference import inner_loss
 from ...kernels.neural_memory.spec import MemorySpec
 from ..config import ModelConfig
-from ..layers import Linear, RMSNorm, full_precision
-from ..mixer_config import MemoryConfig, MemoryRule
+from ..features import FeatureMap
+from ..layers import Linear, RMSNorm
+from ..mixer_config import MemoryConfig
+from .gates import MemoryGates, start_std
 from .mixer import LayerState, Mixer
 
 
-class MemoryGates(nn.Module):
-    """Step θ, retention a and momentum η of every token and head, from one projection z = x W + b, in float32.
-
-        log a = −softplus(z_a) · r,  r learnt per head     the form of Mamba-2 and Gated DeltaNet
-        log η = logsigmoid(z_η)
-        θ     = step_max · sigmoid(z_θ) · (1 − η) / (C n)   C the chunk's length, n the number of matrices
-
-    All gradients of a chunk are taken at the weights it began with, so what one chunk may move the memory is
-    Σ θ / (1 − η) over its C tokens; written as above, n of these are at most ``step_max`` at every C and η, and 1 at
-    the start. With W_0 drawn as in :class:`MemoryLayer` the inner loss has a curvature of order 1 for each of the n
-    matrices; gradient descent is stable up to 2 over the curvature, hence the default ``step_max`` of 2.
-
-    r starts between 1e-4 and 1e-3, so that memories halve in 700 to 7,000 tokens, and η at 0.9. The decays that linear
-    memories start with, up to 0.1, ruin a deep one. Without a LayerNorm its matrices all shrink together, and zero is
-    a place that no gradient leads out of. With one, the output keeps its size while the weights shrink, so that the
-    gradient grows as their inverse, without bound along a sequence of several 1 / r.
-    """
-
-    def __init__(self, model: ModelConfig, memory: MemoryRule, heads: int, project: bool = True) -> None:
-        super().__init__()
-        self.memory, self.heads = memory, heads
-        self.scale = memory.step_max / (memory.chunk_size * memory.spec.layers)
-        self.decays, self.moves = memory.retention == "l2", memory.rule == "momentum"
-        self.proj = Linear(model.dim, self.outputs, model.init_std) if project else None  # else somebody gives z
-        self.step_bias = nn.Parameter(torch.empty(heads))
-        if self.decays:
-            self.retain_bias = nn.Parameter(torch.empty(heads))
-            self.retain_log = nn.Parameter(torch.empty(heads))
-        if self.moves:
-            self.momentum_bias = nn.Parameter(torch.empty(heads))
-        self.reset_parameters()
-
-    @property
-    def outputs(self) -> int:
-        """Channels of z."""
-        return self.heads * (1 + self.decays + self.moves)
-
-    def reset_parameters(self) -> None:
-        """n Σ θ / (1 − η) = min(1, step_max / 2) over a chunk; softplus(b_a) = 1; r log-uniform; η = 0.9."""
-        start = min(1 / self.memory.step_max, 0.5)
-        nn.init.constant_(self.step_bias, math.log(start / (1 - start)))
-        if self.decays:
-            nn.init.constant_(self.retain_bias, math.log(math.e - 1))
-            nn.init.uniform_(self.retain_log, math.log(1e-4), math.log(1e-3))
-        if self.moves:
-            nn.init.constant_(self.momentum_bias, math.log(9.0))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [B, T, dim] → θ, log a, log η, each [B, T, H] in float32 (float64 for float64 x); None where unused."""
-        assert self.proj is not None
-        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with full_precision(x.device):
-            return self.activate(F.linear(x.to(kind), self.proj.weight.to(kind)))
-
-    def activate(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The same from z [B, T, ``outputs``], b not yet added."""
-        kind = torch.float64 if z.dtype == torch.float64 else torch.float32
-        parts = list(z.to(kind).split(self.heads, dim=-1))
-        step = torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * self.scale
-        log_retain = log_momentum = None
-        if self.decays:
-            log_retain = F.softplus(parts.pop(0) + self.retain_bias.to(kind)) * -self.retain_log.to(kind).exp()
-        if self.moves:
-            moved = parts.pop(0) + self.momentum_bias.to(kind)
-            log_momentum = F.logsigmoid(moved)
-            step = step * torch.sigmoid(-moved)
-        return step, log_retain, log_momentum
-
-    def named(self, z: Tensor) -> dict[str, Tensor]:
-        """θ as ``step``, a as ``retention`` and η as ``momentum``, of z [..., outputs]: [..., H] each, where used."""
-        step, log_retain, log_momentum = self.activate(z)
-        decays = {"retention": log_retain, "momentum": log_momentum}
-        return {"step": step} | {name: y.exp() for name, y in decays.items() if y is not None}
-
-
 def draw_start(weights: Sequence[Tensor], norm: Tensor | None, spec: MemorySpec) -> None:
-    """Draw W_0 ([..., in, out] of each layer) in place, and set the memory's norm to 1.
+    """Draw W_0 ([..., in, out] of each matrix) in place, and set the memory's norm to 1.
 
     Entries are N(0, 1) where the memory ends in a LayerNorm, which makes their size the inverse of the inner learning
     rate (the loss is then of curvature 1 per matrix for unit keys); without one N(0, 4 / width of the hidden layer),
-    and N(0, 1 / D) for a linear memory.
+    and N(0, 1 / D) for a linear memory. What is drawn for the retention kl is log W, N(0, 1) always; for lq what gives
+    W = D.
     """
     width, hidden = weights[0].shape[-2:]
     std = 1.0 if norm is not None else (width if spec.layers == 1 else hidden / 4) ** -0.5
+    if spec.retention == "kl":
+        std = 1.0
     for weight in weights:
-        nn.init.normal_(weight, std=std)
+        nn.init.normal_(weight, std=start_std(spec, width * hidden) if spec.retention == "lq" else std)
     if norm is not None:
         nn.init.ones_(norm)
+
+
+def _loss(o: Tensor, v: Tensor, delta: Tensor | None, spec: MemorySpec) -> Tensor:
+    """ℓ(o, v) [..., D] → [...]; lp without its smoothing."""
+    if spec.bias == "lp":
+        return (o - v).abs().pow(spec.lp_power).sum(-1) / spec.lp_power
+    return inner_loss(o, v, delta, spec)
 
 
 class MemoryLayer(Mixer):
     """A neural memory per head and the layer around it (Titans, section 4.4).
 
-        q, k, v = silu(conv(x W_q, x W_k, x W_v)),  q and k divided by their ℓ2 norm
+        q, k, v = silu(conv(x W_q, x W_k, x W_v)),  q and k through the feature map, divided by their ℓ2 norm
         o_t     = M(q_t; W_t),  W_t written by one gradient step per token (:func:`palimpsest.kernels.neural_memory`)
         y       = (RMSNorm(o) ⊙ silu(x W_g)) W_o,  the norm per head
 
@@ -128,7 +64,9 @@ class MemoryLayer(Mixer):
         self.proj = Linear(self.dim, self.gate_width + 3 * self.dim, model.init_std)  # gate, q, k, v in this order
         self.conv = nn.Parameter(torch.empty(3 * self.dim, memory.conv)) if memory.conv else None
         self.gates = MemoryGates(model, memory, memory.heads)
-        shapes = self.spec.weight_shapes(self.heads, self.width, self.width)
+        self.features = FeatureMap(memory.features, self.heads, self.width) if memory.features else None
+        keys = self.features.width if self.features else self.width
+        shapes = self.spec.weight_shapes(self.heads, keys, self.width)
         self.weight_names = [f"weights.{i}" for i in range(len(shapes))]
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(*shape)) for shape in shapes)
         self.norm = nn.Parameter(torch.empty(self.heads, self.width)) if self.spec.norm else None
@@ -143,8 +81,17 @@ class MemoryLayer(Mixer):
         draw_start(self.start(), self.norm, self.spec)
 
     def start(self) -> list[Tensor]:
-        """W_0, each [H, in, out]."""
+        """W_0, each [H, in, out], or for the retentions lq and kl what it follows from."""
         return list(self.weights)
+
+    def start_weights(self) -> dict[str, Tensor]:
+        """W_0 as it is read, by name, each [1, H, in, out]."""
+        state = neural_memory_state(self.start(), 1, self.spec)
+        return {name: state[name] for name in self.weight_names}
+
+    def _keys(self, x: Tensor) -> Tensor:
+        """φ(x) over its ℓ2 norm, x [..., H, D]; heads of queries and keys may stand beside each other."""
+        return l2_norm(x if self.features is None else self.features(x))
 
     def _convolve(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool
@@ -166,7 +113,7 @@ class MemoryLayer(Mixer):
         joint = F.linear(x, self.proj.weight[: self.gate_width + self.dim])
         gate, q = joint.split([self.gate_width, self.dim], dim=-1)
         q, state = self._convolve(q, state, cu_seqlens, return_state)
-        return l2_norm(q.unflatten(-1, (self.heads, self.width))), gate, state
+        return self._keys(q.unflatten(-1, (self.heads, self.width))), gate, state
 
     def read(self, q: Tensor, gate: Tensor, weights: list[Tensor]) -> Tensor:
         """What the memory with ``weights`` ([H, in, out], or one per row) answers to :meth:`query`, writing nothing."""
@@ -178,7 +125,7 @@ class MemoryLayer(Mixer):
         gate, qkv = self.proj(x).split([self.gate_width, 3 * self.dim], dim=-1)
         qkv, state = self._convolve(qkv, state, cu_seqlens, return_state)
         qk, v = qkv.unflatten(-1, (3 * self.heads, self.width)).split([2 * self.heads, self.heads], dim=2)
-        q, k = l2_norm(qk).split(self.heads, dim=2)
+        q, k = self._keys(qk).split(self.heads, dim=2)
         return q, k, v, gate, state
 
     def forward(
@@ -195,7 +142,7 @@ class MemoryLayer(Mixer):
             q,
             k,
             v,
-            *self.gates(x),
+            **self.gates(x),
             weights=self.start(),
             spec=self.spec,
             norm=self.norm,
@@ -224,31 +171,21 @@ class MemoryLayer(Mixer):
     def _probe(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Numbers of every token and head [B, T, H], and the memory's state after them."""
         _, k, v, _, _ = self._write_inputs(x, None, None, False)
-        step, log_retain, log_momentum = self.gates(x)
-        found = {}
-        effective = step
-        if log_retain is not None:
-            found["retention"] = log_retain.exp()
-        if log_momentum is not None:
-            found["momentum"] = log_momentum.exp()
-            effective = step / -torch.expm1(log_momentum)
+        gates = self.gates(x)
+        found, effective = {}, gates["step"]
+        if "log_retain" in gates:
+            found["retention"] = gates["log_retain"].exp()
+        if "log_momentum" in gates:
+            found["momentum"] = gates["log_momentum"].exp()
+            effective = effective / -torch.expm1(gates["log_momentum"])
+        if "gamma" in gates:
+            effective = effective * gates["gamma"] * self.spec.window
         found["step"] = effective * self.spec.chunk_size
         for name, after in (("loss_before", False), ("loss_after", True)):
-            o, state = neural_memory(
-                k,
-                k,
-                v,
-                step,
-                log_retain,
-                log_momentum,
-                weights=self.start(),
-                spec=replace(self.spec, read_after_write=after),
-                norm=self.norm,
-                return_state=True,
-            )
-            o, target = o.to(step.dtype), v.to(step.dtype)
-            loss = 0.5 * (o - target).square() if self.spec.bias == "l2" else -o * target
-            found[name] = loss.sum(-1)
+            spec = replace(self.spec, read_after_write=after)
+            options = {"weights": self.start(), "spec": spec, "norm": self.norm}
+            o, state = neural_memory(k, k, v, **gates, **options, return_state=True)  # type: ignore[arg-type]
+            found[name] = _loss(o.to(effective.dtype), v.to(effective.dtype), gates.get("delta"), spec)
         assert state is not None
         return found, state
 
@@ -256,14 +193,14 @@ class MemoryLayer(Mixer):
     def recall(self, x: Tensor, marks: Sequence[int]) -> Tensor:
         """See :class:`Mixer`: cos(M(k_t; W_n), v_t)."""
         _, k, v, _, _ = self._write_inputs(x, None, None, False)
-        written: tuple[Any, ...] = (k, k, v, *self.gates(x))
-        weights: list[Tensor] | LayerState = self.start()
+        written = {"q": k, "k": k, "v": v} | self.gates(x)
+        weights = list(self.start_weights().values())
         state, done, found = None, 0, []
         for mark in marks:
             if mark > done:
-                part: list[Any] = [None if y is None else y[:, done:mark] for y in written]
+                part = {name: y[:, done:mark] for name, y in written.items()}
                 options = {"weights": self.start(), "spec": self.spec, "norm": self.norm, "state": state}
-                _, state = neural_memory(*part, **options, return_state=True)  # type: ignore[arg-type]
+                _, state = neural_memory(**part, **options, return_state=True)  # type: ignore[arg-type]
                 assert state is not None
                 weights, done = [state[name] for name in self.weight_names], mark
             o = neural_memory_read(k, weights=weights, spec=self.spec, norm=self.norm)

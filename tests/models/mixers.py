@@ -25,6 +25,25 @@ REGISTRY: dict[str, dict[str, Any]] = {
     },
     "lmm, deep": {"kind": "neural_memory", "memory": {**MEMORY, "depth": 3, "norm": False, "read_after_write": False}},
     "lmm, dot": {"kind": "neural_memory", "memory": {**MEMORY, "bias": "dot", "chunk_size": 1}},
+    "lmm, omega": {
+        "kind": "neural_memory",
+        "memory": {**MEMORY, "bias": "huber", "rule": "muon", "window": 3, "features": {"degree": 3}},
+    },
+    "lmm, gated": {
+        "kind": "neural_memory",
+        "memory": {
+            **MEMORY,
+            "chunk_size": 4,
+            "network": "gated_mlp",
+            "residual": False,
+            "bias": "dot",
+            "retention": "norm",
+            "rule": "muon_gd",
+            "ns_every": 2,
+            "ns_steps": 2,
+            "features": {"degree": 2, "width": 5},
+        },
+    },
     "mac": {"kind": "titans_mac", "heads": 2, "segment": 7, "persistent": 2, "memory": MEMORY},
     "mac, bare": {
         "kind": "titans_mac",
@@ -34,6 +53,13 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "segment": 5,
         "persistent": 0,
         "memory": {**MEMORY, "conv": 0, "rule": "gd", "read_after_write": False},
+    },
+    "mac, kl": {
+        "kind": "titans_mac",
+        "heads": 2,
+        "segment": 4,
+        "persistent": 1,
+        "memory": {**MEMORY, "bias": "lp", "retention": "kl", "rule": "gd"},
     },
     "mag": {"kind": "titans_mag", "heads": 2, "window": 4, "persistent": 2, "memory": MEMORY},
     "mag, silu": {"kind": "titans_mag", "heads": 2, "window": 3, "persistent": 1, "gate": "silu", "memory": MEMORY},
@@ -49,6 +75,11 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "shared": False,
         "projections": "shared",
         "memory": {"network": "linear", "rule": "gd", "retention": "none", "chunk_size": 4, "read_after_write": False},
+    },
+    "mixture, neural, omega": {
+        **MIXTURE,
+        "rule": "neural",
+        "memory": {"chunk_size": 5, "expansion": 2, "bias": "huber", "retention": "lq", "rule": "gd", "window": 2},
     },
     "hcam": HCAM,
     "hcam, shared": {

@@ -31,7 +31,7 @@ MAG = {"kind": "titans_mag", "heads": 2, "memory": {"heads": 2}}
         ({"model.mixer.heads": 8}, ["head width of mixer titans_mag was 1", "even"]),
         ({"model.mixer.kv_heads": 3}, ["model.mixer", "kv_heads was 3", "divide heads = 2"]),
         ({"model.mixer.memory.depth": 1}, ["model.mixer.memory", "depth was 1", "at least 2"]),
-        ({"model.mixer.memory.bias": "l3"}, ["model.mixer.memory.bias was 'l3'", "'l2' or 'dot'"]),
+        ({"model.mixer.memory.bias": "l3"}, ["model.mixer.memory.bias was 'l3'", "'l2', 'dot', 'lp' or 'huber'"]),
         ({"model.mixer.memory": None}, ["model.mixer.memory was None"]),
         ({"train.steps": 3}, ["'train.steps'", "key of the model"]),
     ],

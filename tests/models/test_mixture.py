@@ -59,13 +59,11 @@ def one_memory(layer: MixtureOfMemories, m: int, x: Tensor) -> Tensor:
     inputs = [y[None] for y in (q, k, v)]
     gates = layer.gates.activate(written[None, :, 2 * dim :])
     if layer.spec is not None:
-        weights = [w[m] for w in layer.weights]
-        return neural_memory(*inputs, *gates, weights=weights, spec=layer.spec, norm=layer.norm, backend="reference")[
-            0
-        ][0]
+        options = {"weights": [w[m] for w in layer.weights], "spec": layer.spec, "norm": layer.norm}
+        return neural_memory(*inputs, **gates, **options, backend="reference")[0][0]
     if layer.mixer.rule == "linear_attention":
-        return linear_attention(*inputs, *gates, backend="reference")[0][0]
-    return delta_rule(*inputs, *gates, backend="reference")[0][0]
+        return linear_attention(*inputs, **gates, backend="reference")[0][0]
+    return delta_rule(*inputs, **gates, backend="reference")[0][0]
 
 
 def one_by_one(layer: MixtureOfMemories, x: Tensor) -> Tensor:

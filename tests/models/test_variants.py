@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from palimpsest.kernels import neural_memory
+from palimpsest.models.mixer_config import MemoryConfig
 from palimpsest.models.mixers import Mixer
 from palimpsest.models.mixers.attention import AttentionCore
 from palimpsest.models.mixers.mac import MemoryAsContext
@@ -54,6 +56,8 @@ class PlainMemory:
         heads = F.silu(joint).view(len(names), self.layer.heads, -1)
         out = dict(zip(names, heads, strict=True))
         for name in set(names) & {"q", "k"}:
+            if self.layer.features is not None:
+                out[name] = self.layer.features(out[name])
             out[name] = out[name] / (out[name].square().sum(-1, keepdim=True) + 1e-6).sqrt()
         return out
 
@@ -174,11 +178,50 @@ def mac(mixer: MemoryAsContext, x: Tensor, squash: Callable[[Tensor], Tensor]) -
     return outputs
 
 
+def of_the_space(layer: MemoryLayer, x: Tensor) -> Tensor:
+    """A memory that :class:`PlainMemory` does not have, by the operation's reference; what is around it in loops."""
+    plain, g, spec = PlainMemory(layer), layer.gates, layer.spec
+    projected = [plain.project(token, plain.past_write, "qkv") for token in x]
+    given = {name: torch.stack([each[name] for each in projected])[None] for name in "qkv"}
+    z = list(F.linear(x, g.proj.weight).split(layer.heads, -1))
+    step = torch.sigmoid(z.pop(0) + g.step_bias) * g.memory.step_max / (spec.chunk_size * spec.layers * spec.window)
+    gates = {}
+    if spec.retention in ("l2", "lq", "kl"):
+        gates["log_retain"] = -F.softplus(z.pop(0) + g.retain_bias) * g.retain_log.exp()
+    if spec.rule in ("momentum", "muon"):
+        momentum = torch.sigmoid(z.pop(0) + g.momentum_bias)
+        gates["log_momentum"], step = momentum.log(), step * (1 - momentum)
+    if spec.window > 1:
+        gates["gamma"] = torch.sigmoid(z.pop(0) + g.gamma_bias)
+    if spec.bias == "huber":
+        gates["delta"] = (1 + (z.pop(0) + g.delta_bias).exp()).log()
+    assert not z
+    gates = {name: gate[None] for name, gate in (gates | {"step": step}).items()}
+    options = {"weights": list(layer.weights), "spec": spec, "norm": layer.norm, "backend": "reference"}
+    o, _ = neural_memory(**given, **gates, **options)
+    return torch.stack([plain.finish(o[0, t], token) for t, token in enumerate(x)])
+
+
 GATES = {"sigmoid": lambda z: 1 / (1 + (-z).exp()), "silu": lambda z: z / (1 + (-z).exp())}
 PLAIN = {"neural_memory": lmm, "titans_mag": mag, "titans_mal": mal, "titans_mac": mac}
 
 
-@pytest.mark.parametrize("name", [name for name, mixer in REGISTRY.items() if mixer["kind"] in PLAIN])
+def plain(mixer: dict) -> bool:
+    """Whether :class:`PlainMemory` has its memory."""
+    return mixer["kind"] in PLAIN and MemoryConfig(**mixer["memory"]).spec.derived_by_hand
+
+
+@pytest.mark.parametrize("name", ["lmm, omega", "lmm, gated"])
+def test_the_layer_around_any_memory(name: str) -> None:
+    mixer: MemoryLayer = small_mixer(name).requires_grad_(False)
+    for parameter in mixer.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    x = tokens(1, 17)
+    assert (mixer(x)[0][0] - of_the_space(mixer, x[0])).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("name", [name for name, mixer in REGISTRY.items() if plain(mixer)])
 def test_the_layer_is_its_equations(name: str) -> None:
     mixer: Mixer = small_mixer(name).requires_grad_(False)
     for parameter in mixer.parameters():  # scales that start at 1 or 0 would hide a missing factor
