@@ -118,6 +118,7 @@ def backward(
     d_norm = None if call.norm is None else torch.zeros_like(call.norm)
     for steps, held in _segments(call, kept):
         _segment_backward(call, steps, held, d_reads, d_flat, grads, d_norm)
+    call.tokens.clear()  # not needed any more, and as large as the results that are laid out next
     of_norm = None if d_norm is None else d_norm.unflatten(0, (call.rows, call.heads)).sum((0, 2))
     if call.state:
         return grads, of_norm, call.leave(d_flat)
