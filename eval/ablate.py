@@ -40,7 +40,7 @@ import torch
 from pydantic import Field
 
 from ..configs import find_config
-from ..models.config import ConfigError, Strict, apply_overrides, load_yaml, parse_override, validate
+from ..models.config import ConfigError, Strict, apply_overrides, load_config, load_yaml, parse_override, validate
 from ..models.strict import Count
 from ..train.config import RunConfig, read_config
 from . import record
@@ -144,7 +144,7 @@ def _content(ablation: Ablation, arm: str, settings: Mapping[str, Any]) -> dict[
     changes = ablation.arms[arm]
     base = changes.get("base", ablation.base)
     own = {key: value for key, value in changes.items() if key not in OWN}
-    content = {} if base is None else load_yaml(find_config(base))
+    content = {} if base is None else load_config(base)
     return {**apply_overrides(content, {**ablation.set, **own, **settings}), "name": ablation.name}
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
+from ..configs import find_config
 from .hmt_config import HMTConfig
 from .mixer_config import MixerConfig
 from .strict import ConfigError, Count, Positive, Strict
@@ -28,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "Strict",
     "apply_overrides",
+    "load_config",
     "load_yaml",
     "parse_override",
     "validate",
@@ -85,6 +87,44 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} held {type(content).__name__} at its top level; it must hold a mapping")
     return content
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """A run's configuration in a YAML file, on top of the one that its key ``base`` names.
+
+    ``base`` is a file as :func:`palimpsest.configs.find_config` finds it, and may have a base of its own. What a file
+    says replaces what its base says, key by key inside sections; a list, and a section with a ``kind``, is replaced
+    whole.
+
+    Raises:
+        FileNotFoundError: when a file is not there.
+        ConfigError: as :func:`load_yaml`; for a base that is not a text, or that leads back to the file itself.
+    """
+    chain: list[Path] = []
+    contents: list[dict[str, Any]] = []
+    following: Any = path
+    while following is not None:
+        file = find_config(following).resolve()
+        if file in chain:
+            raise ConfigError(f"base of {chain[-1]} was {str(following)!r}; it must not lead back to where it began")
+        chain.append(file)
+        contents.append(load_yaml(file))
+        following = contents[-1].pop("base", None)
+        if following is not None and not isinstance(following, str):
+            raise ConfigError(f"base of {file} was {following!r}; it must be the name of a configuration")
+    merged = contents.pop()
+    while contents:
+        merged = _on_top(merged, contents.pop())
+    return merged
+
+
+def _on_top(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        below = base.get(key)
+        whole = not isinstance(value, Mapping) or not isinstance(below, Mapping) or "kind" in value
+        merged[key] = value if whole else _on_top(below, value)
+    return merged
 
 
 def parse_override(text: str) -> tuple[str, Any]:

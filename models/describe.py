@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configs import find_config
 from ..kernels.backend import log_once
-from .config import ConfigError, ModelConfig, apply_overrides, load_yaml, parse_override, validate
+from .config import ConfigError, ModelConfig, apply_overrides, load_config, parse_override, validate
 from .lm import MemoryLM, make
 from .state import State
 
@@ -69,7 +68,7 @@ def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         content: Mapping[str, Any] = config
     else:
         folder = Path(config)
-        content = load_yaml(folder / "config.yaml" if folder.is_dir() else find_config(config))
+        content = load_config(folder / "config.yaml" if folder.is_dir() else config)
     for key in overrides or {}:
         if key.split(".")[0] != "model" and key != "train.seq_len":
             raise ConfigError(f"override was {key!r}; it must be a key of the model, like model.dim, or train.seq_len")

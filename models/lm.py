@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..configs import find_config
 from ..kernels import linear_cross_entropy
 from .block import Block
-from .config import ConfigError, ModelConfig, apply_overrides, load_yaml, validate
+from .config import ConfigError, ModelConfig, apply_overrides, load_config, validate
 from .hmt import SegmentMemory
 from .layers import Embedding, Linear, RMSNorm, autocast_dtype
 from .losses import collected
@@ -313,7 +312,7 @@ def build(config: str | Path | dict[str, Any] | ModelConfig, **overrides: Any) -
     if isinstance(config, ModelConfig):
         content: dict[str, Any] = {"model": config.model_dump(exclude_unset=True)}
     else:
-        content = config if isinstance(config, dict) else load_yaml(find_config(config))
+        content = config if isinstance(config, dict) else load_config(config)
     for key in overrides:
         if key.split(".")[0] != "model":
             raise ConfigError(f"override was {key!r}; it must be a key of the model, like 'model.dim'")

@@ -8,7 +8,6 @@ import yaml
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ..configs import find_config
 from ..models.config import (
     ConfigError,
     Count,
@@ -16,7 +15,7 @@ from ..models.config import (
     Positive,
     Strict,
     apply_overrides,
-    load_yaml,
+    load_config,
     parse_override,
     validate,
 )
@@ -182,7 +181,7 @@ def read_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         ConfigError: naming each faulty key, its place, what it was and what it must be.
         FileNotFoundError: when there is no such file.
     """
-    content = source if isinstance(source, Mapping) else load_yaml(find_config(source))
+    content = source if isinstance(source, Mapping) else load_config(source)
     content = apply_overrides(content, overrides or {})
     if not isinstance(source, Mapping):
         content.setdefault("name", Path(source).stem)

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..configs import find_config
-from ..models.config import apply_overrides, load_yaml, parse_override, validate
+from ..models.config import apply_overrides, load_config, parse_override, validate
 from .data_config import DataConfig
 from .shards import (
     MANIFEST,
@@ -213,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     try:
         overrides = dict(parse_override(text) for text in options.overrides)
-        run = apply_overrides(load_yaml(find_config(options.config)), overrides)
+        run = apply_overrides(load_config(options.config), overrides)
         corpus = prepare(validate(DataConfig, run.get("data") or {}, place="data"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ..models import MemoryLM, build
+from ..models.config import load_yaml
 from . import optim, parallel
 from .checkpoint import Checkpointer, ConfigMismatch, differences
-from .config import FREE, ConfigError, RunConfig, load_yaml, read_config
+from .config import FREE, ConfigError, RunConfig, read_config
 from .data import Corpus, prepare
 from .examples import ExampleSplit, TaskCorpus
 from .parallel import World

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from palimpsest.models import ConfigError, build
-from palimpsest.models.config import ModelConfig, apply_overrides, load_yaml, parse_override, validate
+from palimpsest.models.config import ModelConfig, apply_overrides, load_config, load_yaml, parse_override, validate
 
 from .mixers import small_model
 
@@ -90,6 +90,29 @@ def test_yaml_files(tmp_path: Path) -> None:
             load_yaml(path)
     path.write_text("lr: 1e-3\neps: 1.5e-8\nn: 12\nname: 1e\n")
     assert load_yaml(path) == {"lr": 1e-3, "eps": 1.5e-8, "n": 12, "name": "1e"}
+
+
+def test_a_file_stands_on_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = "model: {dim: 8, mixer: {kind: a, heads: 2, memory: {depth: 3}}}\ndata: {source: [x, y]}\n"
+    Path("first.yaml").write_text(first)
+    Path("second.yaml").write_text(
+        "base: first.yaml\nname: s\nmodel: {mixer: {memory: {bias: lp}}}\ndata: {source: [z]}\n"
+    )
+    Path("third.yaml").write_text("base: second.yaml\nmodel: {dim: 9, mixer: {kind: b}}\n")
+    mixer = {"kind": "a", "heads": 2, "memory": {"depth": 3, "bias": "lp"}}
+    assert load_config("second.yaml") == {"name": "s", "model": {"dim": 8, "mixer": mixer}, "data": {"source": ["z"]}}
+    wanted = {"name": "s", "model": {"dim": 9, "mixer": {"kind": "b"}}, "data": {"source": ["z"]}}
+    assert load_config("third.yaml") == wanted
+    Path("first.yaml").write_text("base: third.yaml")
+    with pytest.raises(ConfigError, match=r"base of .*first.yaml was 'third.yaml'; it must not lead back"):
+        load_config("third.yaml")
+    Path("first.yaml").write_text("base: [a]")
+    with pytest.raises(ConfigError, match=r"base of .*first.yaml was \['a'\]; it must be the name of"):
+        load_config("first.yaml")
+    Path("first.yaml").write_text("base: nowhere")
+    with pytest.raises(FileNotFoundError, match="'nowhere' not found"):
+        load_config("first.yaml")
 
 
 def test_mixers_are_cycled_and_the_mlp_rounded() -> None:
