@@ -122,8 +122,9 @@ def _on_top(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in own.items():
         below = base.get(key)
-        whole = not isinstance(value, Mapping) or not isinstance(below, Mapping) or "kind" in value
-        merged[key] = value if whole else _on_top(below, value)
+        if isinstance(value, Mapping) and isinstance(below, Mapping) and "kind" not in value:
+            value = _on_top(below, value)
+        merged[key] = value
     return merged
 
 
