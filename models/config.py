@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -89,8 +89,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
-    """A run's configuration in a YAML file, on top of the one that its key ``base`` names.
+def load_config(path: str | Path, read: Callable[[Path], dict[str, Any]] = load_yaml) -> dict[str, Any]:
+    """A run's configuration in a YAML file, on top of the one that its key ``base`` names; ``read`` reads a file.
 
     ``base`` is a file as :func:`palimpsest.configs.find_config` finds it, and may have a base of its own. What a file
     says replaces what its base says, key by key inside sections; a list, and a section with a ``kind``, is replaced
@@ -108,7 +108,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
         if file in chain:
             raise ConfigError(f"base of {chain[-1]} was {str(following)!r}; it must not lead back to where it began")
         chain.append(file)
-        contents.append(load_yaml(file))
+        contents.append(read(file))
         following = contents[-1].pop("base", None)
         if following is not None and not isinstance(following, str):
             raise ConfigError(f"base of {file} was {following!r}; it must be the name of a configuration")

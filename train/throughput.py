@@ -18,23 +18,25 @@ from typing import Any
 import torch
 
 from ..models import build
+from ..models.config import load_config
 from .metrics import peak_flops
 from .optim import adamw
 
 WARMUP = 3
 
 
-def read_preset(text: str) -> dict[str, Any]:
+def read_preset(path: Path) -> dict[str, Any]:
     """The mapping in a preset's file: sections by indentation, ``{a: b}`` of values, lists of those, comments.
 
-    That is all that ``configs/`` holds; a configuration of your own may hold any YAML, which ``read_config`` reads.
+    A ``base`` is a key like any other here. That is all that ``configs/`` holds; a configuration of your own may hold
+    any YAML, which ``read_config`` reads.
 
     Raises:
         ValueError: for a line that is something else.
     """
     whole: dict[str, Any] = {}
     open_: list[tuple[int, dict[str, Any]]] = [(-1, whole)]
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         bare = line.split(" #")[0].rstrip() if not line.lstrip().startswith("#") else ""
         if not bare:
             continue
@@ -153,7 +155,7 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     rows: dict[str, Any] = {}
     for path in args.presets:
-        content = read_preset(path.read_text(encoding="utf-8"))
+        content = load_config(path, read_preset)
         row = measure(content, torch.device(args.device), args.steps, args.batch, args.length)
         rows[f"{path.parent.name}/{path.stem}"] = row
         mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}"

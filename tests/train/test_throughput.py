@@ -39,13 +39,14 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_read_as_yaml_reads_them(path: Path) -> None:
-    assert throughput.read_preset(path.read_text(encoding="utf-8")) == load_yaml(path)
+    assert throughput.read_preset(path) == load_yaml(path)
 
 
-def test_what_is_no_preset_is_refused() -> None:
+def test_what_is_no_preset_is_refused(tmp_path: Path) -> None:
     for line in ("- a", "words"):
+        (tmp_path / "a.yaml").write_text(f"a: 1\n{line}\n")
         with pytest.raises(ValueError, match=f"line 2 was '{line}'"):
-            throughput.read_preset(f"a: 1\n{line}\n")
+            throughput.read_preset(tmp_path / "a.yaml")
 
 
 def test_it_needs_torch_and_pydantic_alone(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_speed_is_tokens_over_the_median_step(monkeypatch: pytest.MonkeyPatch) -
     times = iter(x for start in range(100) for x in (10.0 * start, 10.0 * start + (9.0 if start < 3 else 2.0)))
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(times))
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: None)
-    content = throughput.read_preset(TINY.read_text())
+    content = throughput.read_preset(TINY)
     row = throughput.measure(content, torch.device("cpu"), 4, 2, 8)
     assert row["tokens_per_second"] == 2 * 8 / 2.0 and row["spread"] == 0 and row["mfu"] is None
 
@@ -73,4 +74,4 @@ def test_a_loss_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     true = throughput.adamw
     monkeypatch.setattr(throughput, "adamw", lambda model, **given: true(model, **{**given, "lr": 1e30}))
     with pytest.raises(RuntimeError, match="it must be finite"):
-        throughput.measure(throughput.read_preset(TINY.read_text()), torch.device("cpu"), 2, 1, 8)
+        throughput.measure(throughput.read_preset(TINY), torch.device("cpu"), 2, 1, 8)
