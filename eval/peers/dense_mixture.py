@@ -42,12 +42,12 @@ def dense(layer: MixtureOfMemories, x: Tensor) -> Tensor:
     k, v, z = written.split([layer.dim, layer.dim, written.shape[-1] - 2 * layer.dim], -1)
     q, k, v = (F.silu(y).unflatten(-1, (layer.heads, layer.width)) for y in (q, k, v))
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    gates = [y * mine for y in layer.gates.activate(z)]
+    gates = {name: (y * mine).flatten(2, 3) for name, y in layer.gates.activate(z).items()}
     inputs = [q.unsqueeze(2).expand_as(k), k, v]
     if layer.mixer.rule == "linear_attention":
         inputs[1] = k * mine.unsqueeze(-1)
     run: Any = linear_attention if layer.mixer.rule == "linear_attention" else delta_rule
-    o, _ = run(*(y.flatten(2, 3) for y in (*inputs, *gates)), chunk_size=layer.mixer.chunk_size)
+    o, _ = run(*(y.flatten(2, 3) for y in inputs), **gates, chunk_size=layer.mixer.chunk_size)
     o = (o.unflatten(2, (r.memories, layer.heads)) * weight[..., None, None]).sum(2)
     return layer.out(layer.out_norm(o, gate.view(o.shape) if layer.gate_width else None).flatten(2))
 
