@@ -154,6 +154,41 @@ class TitansMAL(Heads):
     memory: MemoryConfig = MemoryConfig()
 
 
+class LaCT(Heads):
+    """A memory written in large chunks, and attention over the last ``window`` tokens with the same q, k and v, summed
+    (LaCT, Zhang et al., 2025). ``heads`` are those of the attention."""
+
+    kind: Literal["lact"] = "lact"
+    window: Count = 256
+    memory: MemoryConfig = MemoryConfig()
+
+    @model_validator(mode="after")
+    def _keys_are_shared(self) -> Self:
+        if self.kv_heads not in (None, self.heads):
+            raise ValueError(f"kv_heads was {self.kv_heads}; it must be null: the memory has a key for every query")
+        return self
+
+
+class TNT(Strict):
+    """A memory in large chunks over the whole sequence, and a ``local`` one in small chunks that begins anew every
+    ``shard`` tokens, so that shards run at once (TNT, Li et al., 2025).
+
+    ``span``: the local memory is read with its queries mapped to the span of the shard's keys so far.
+    """
+
+    kind: Literal["tnt"] = "tnt"
+    memory: MemoryConfig = MemoryConfig(chunk_size=512)
+    local: MemoryRule = MemoryRule(chunk_size=16)
+    shard: Count = 2048
+    span: bool = True
+
+    @model_validator(mode="after")
+    def _shapes_meet(self) -> Self:
+        if self.memory.features is not None:
+            raise ValueError("features of memory was a section; it must be null in tnt")
+        return self
+
+
 class Mixture(Strict):
     """Mixture of memories: each token goes to ``top_k`` of ``memories``, and with ``shared`` to one more. A lone memory
     with none shared is a plain layer of its rule.
@@ -305,6 +340,18 @@ class BlockUnion(ChunkMemory):
 
 
 MixerConfig = Annotated[
-    Union[Attention, WindowAttention, NeuralMemory, TitansMAC, TitansMAG, TitansMAL, Mixture, HCAM, BlockUnion],  # noqa: UP007
+    Union[  # noqa: UP007
+        Attention,
+        WindowAttention,
+        NeuralMemory,
+        TitansMAC,
+        TitansMAG,
+        TitansMAL,
+        LaCT,
+        TNT,
+        Mixture,
+        HCAM,
+        BlockUnion,
+    ],
     Field(discriminator="kind"),
 ]

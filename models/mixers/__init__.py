@@ -8,12 +8,14 @@ from ..mixer_config import MixerConfig
 from .attention import Attention
 from .block_union import BlockUnionAttention
 from .hcam import HierarchicalMemory
+from .lact import LargeChunkMemory
 from .mac import MemoryAsContext
 from .mag import MemoryAsGate
 from .mal import MemoryAsLayer
 from .mixer import LayerState, Mixer
 from .mixture import MixtureOfMemories
 from .neural_memory import MemoryLayer
+from .tnt import ShardedMemory
 
 __all__ = ["MIXERS", "LayerState", "Mixer", "make_mixer"]
 
@@ -24,6 +26,8 @@ MIXERS: dict[str, Callable[[ModelConfig, Any], Mixer]] = {
     "titans_mac": MemoryAsContext,
     "titans_mag": MemoryAsGate,
     "titans_mal": MemoryAsLayer,
+    "lact": LargeChunkMemory,
+    "tnt": ShardedMemory,
     "mixture": MixtureOfMemories,
     "hcam": HierarchicalMemory,
     "block_union": BlockUnionAttention,

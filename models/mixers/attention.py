@@ -10,37 +10,29 @@ from ..mixer_config import Heads
 from .mixer import LayerState, Mixer
 
 
-class AttentionCore(Mixer):
-    """Multi-head attention up to the heads' outputs, without the output projection.
+class AttentionHeads(Mixer):
+    """Multi-head attention on queries, keys and values that somebody else projects: x [B, T, (heads + 2 kv_heads) · D].
 
-    y_t = softmax(q_t · [K_P, K_{t−w+1..t}]ᵀ / √D) [V_P, V_{t−w+1..t}] with q, k rotated by their position; the
-    persistent tokens P go through the same key and value projections, are not rotated, and lie in every window.
+    y_t = softmax(q_t · [K_P, K_{t−w+1..t}]ᵀ / √D) [V_P, V_{t−w+1..t}] with q, k rotated by their position; P, if there
+    is a :meth:`prefix`, is not rotated and lies in every window.
 
     Args:
-        model: gives dim, rope_base and init_std.
+        model: gives dim and rope_base.
         mixer: gives heads, kv_heads, rope.
         window: tokens seen, the present one included; None: all.
-        persistent: number of persistent tokens N_p.
 
     State: ``cache``, of the operation :func:`palimpsest.kernels.window_attention`; ``position`` int32 [N].
     """
 
-    def __init__(self, model: ModelConfig, mixer: Heads, window: int | None, persistent: int) -> None:
+    def __init__(self, model: ModelConfig, mixer: Heads, window: int | None) -> None:
         super().__init__()
         self.heads, self.kv_heads = mixer.heads, mixer.kv_heads or mixer.heads
         self.width = model.dim // mixer.heads
         self.window, self.base, self.rope = window, model.rope_base, mixer.rope
-        self.qkv = Linear(model.dim, (self.heads + 2 * self.kv_heads) * self.width, model.init_std)
-        self.persistent = PersistentTokens(persistent, model.dim) if persistent else None
 
     def prefix(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [N_p, Hkv, D] of the persistent tokens."""
-        if self.persistent is None:
-            return None
-        weight = self.qkv.weight[self.heads * self.width :]
-        pairs = torch.nn.functional.linear(self.persistent(), weight).view(-1, 2 * self.kv_heads, self.width)
-        k, v = pairs.split(self.kv_heads, dim=1)
-        return k, v
+        """Keys and values [N_p, Hkv, D] that every token sees."""
+        return None
 
     def forward(
         self,
@@ -52,7 +44,7 @@ class AttentionCore(Mixer):
         """See :class:`Mixer`; y [B, T, heads · D] are the heads' outputs side by side."""
         batch, length, _ = x.shape
         position = None if state is None else state["position"]
-        qkv = self.qkv(x).view(batch, length, -1, self.width)
+        qkv = x.view(batch, length, -1, self.width)
         if self.rope:
             q, k, v = split_rotary(qkv, self.heads, self.kv_heads, self.base, position, cu_seqlens)
         else:
@@ -78,6 +70,37 @@ class AttentionCore(Mixer):
         empty = torch.zeros(batch, 0, self.kv_heads, self.width, device=device, dtype=dtype)
         count = torch.zeros(batch, device=device, dtype=torch.int32)
         return {"cache": {"k": empty, "v": empty.clone(), "count": count}, "position": count.clone()}
+
+
+class AttentionCore(AttentionHeads):
+    """:class:`AttentionHeads` with its projections, up to the heads' outputs.
+
+    ``persistent`` learnt tokens P go through the same key and value projections.
+    """
+
+    def __init__(self, model: ModelConfig, mixer: Heads, window: int | None, persistent: int) -> None:
+        super().__init__(model, mixer, window)
+        self.qkv = Linear(model.dim, (self.heads + 2 * self.kv_heads) * self.width, model.init_std)
+        self.persistent = PersistentTokens(persistent, model.dim) if persistent else None
+
+    def prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [N_p, Hkv, D] of the persistent tokens."""
+        if self.persistent is None:
+            return None
+        weight = self.qkv.weight[self.heads * self.width :]
+        pairs = torch.nn.functional.linear(self.persistent(), weight).view(-1, 2 * self.kv_heads, self.width)
+        k, v = pairs.split(self.kv_heads, dim=1)
+        return k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, LayerState | None]:
+        """The same of x [B, T, dim]."""
+        return super().forward(self.qkv(x), state, cu_seqlens, return_state)
 
 
 def cache_as(cache: LayerState, dtype: torch.dtype) -> LayerState:

@@ -123,10 +123,37 @@ class MemoryLayer(Mixer):
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, LayerState | None]:
         gate, qkv = self.proj(x).split([self.gate_width, 3 * self.dim], dim=-1)
+        q, k, v, state = self._heads_of(qkv, state, cu_seqlens, return_state)
+        return q, k, v, gate, state
+
+    def _heads_of(
+        self, qkv: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor, Tensor, LayerState | None]:
+        """q, k, v [B, T, H, D] from what was projected, [B, T, 3 dim]."""
         qkv, state = self._convolve(qkv, state, cu_seqlens, return_state)
         qk, v = qkv.unflatten(-1, (3 * self.heads, self.width)).split([2 * self.heads, self.heads], dim=2)
         q, k = self._keys(qk).split(self.heads, dim=2)
-        return q, k, v, gate, state
+        return q, k, v, state
+
+    def _remember(
+        self,
+        x: Tensor,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        state: LayerState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, LayerState | None]:
+        """Write and read q, k, v [B, T, H, D] with the gates of x, from the operation's state."""
+        return neural_memory(
+            *tokens,
+            **self.gates(x),
+            weights=self.start(),
+            spec=self.spec,
+            norm=self.norm,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
+        )
 
     def forward(
         self,
@@ -138,18 +165,7 @@ class MemoryLayer(Mixer):
         """See :class:`Mixer`: write every token and read at every token."""
         held = state or {}
         q, k, v, gate, conv = self._write_inputs(x, held.get("conv"), cu_seqlens, return_state)
-        o, memory = neural_memory(
-            q,
-            k,
-            v,
-            **self.gates(x),
-            weights=self.start(),
-            spec=self.spec,
-            norm=self.norm,
-            state=held.get("memory"),
-            cu_seqlens=cu_seqlens,
-            return_state=return_state,
-        )
+        o, memory = self._remember(x, (q, k, v), held.get("memory"), cu_seqlens, return_state)
         y = self._finish(o, gate)
         if not return_state:
             return y, None

@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from palimpsest.kernels import neural_memory
+from palimpsest.kernels.neural_memory import MemorySpec
 from palimpsest.models.mixer_config import MemoryConfig
 from palimpsest.models.mixers import Mixer
 from palimpsest.models.mixers.attention import AttentionCore
+from palimpsest.models.mixers.gates import MemoryGates
+from palimpsest.models.mixers.lact import LargeChunkMemory
 from palimpsest.models.mixers.mac import MemoryAsContext
 from palimpsest.models.mixers.mag import MemoryAsGate
 from palimpsest.models.mixers.mal import MemoryAsLayer
 from palimpsest.models.mixers.neural_memory import MemoryLayer
+from palimpsest.models.mixers.tnt import ShardedMemory
 
 from .mixers import DIM, REGISTRY, small_mixer, tokens
 
@@ -178,12 +182,9 @@ def mac(mixer: MemoryAsContext, x: Tensor, squash: Callable[[Tensor], Tensor]) -
     return outputs
 
 
-def of_the_space(layer: MemoryLayer, x: Tensor) -> Tensor:
-    """A memory that :class:`PlainMemory` does not have, by the operation's reference; what is around it in loops."""
-    plain, g, spec = PlainMemory(layer), layer.gates, layer.spec
-    projected = [plain.project(token, plain.past_write, "qkv") for token in x]
-    given = {name: torch.stack([each[name] for each in projected])[None] for name in "qkv"}
-    z = list(F.linear(x, g.proj.weight).split(layer.heads, -1))
+def gates_of(g: MemoryGates, spec: MemorySpec, x: Tensor) -> dict[str, Tensor]:
+    """What gates say of tokens x [T, dim], each [1, T, H]."""
+    z = list(F.linear(x, g.proj.weight).split(g.heads, -1))
     step = torch.sigmoid(z.pop(0) + g.step_bias) * g.memory.step_max / (spec.chunk_size * spec.layers * spec.window)
     gates = {}
     if spec.retention in ("l2", "lq", "kl"):
@@ -196,10 +197,67 @@ def of_the_space(layer: MemoryLayer, x: Tensor) -> Tensor:
     if spec.bias == "huber":
         gates["delta"] = (1 + (z.pop(0) + g.delta_bias).exp()).log()
     assert not z
-    gates = {name: gate[None] for name, gate in (gates | {"step": step}).items()}
-    options = {"weights": list(layer.weights), "spec": spec, "norm": layer.norm, "backend": "reference"}
-    o, _ = neural_memory(**given, **gates, **options)
-    return torch.stack([plain.finish(o[0, t], token) for t, token in enumerate(x)])
+    return {name: gate[None] for name, gate in (gates | {"step": step}).items()}
+
+
+def through(tokens: dict[str, Tensor], weights: list[Tensor], spec: MemorySpec, norm: Tensor | None) -> Tensor:
+    """The operation's reference on [1, T, H, D] → [T, H, D]."""
+    return neural_memory(**tokens, weights=list(weights), spec=spec, norm=norm, backend="reference")[0][0]
+
+
+def projected(layer: MemoryLayer, x: Tensor) -> dict[str, Tensor]:
+    """q, k, v [1, T, H, D]."""
+    plain, past = PlainMemory(layer), []
+    tokens = [plain.project(token, past, "qkv") for token in x]
+    return {name: torch.stack([each[name] for each in tokens])[None] for name in "qkv"}
+
+
+def of_the_space(layer: MemoryLayer, x: Tensor) -> Tensor:
+    """A memory that :class:`PlainMemory` does not have, by the operation's reference; what is around it in loops."""
+    tokens = projected(layer, x) | gates_of(layer.gates, layer.spec, x)
+    o = through(tokens, layer.weights, layer.spec, layer.norm)
+    return torch.stack([PlainMemory(layer).finish(o[t], token) for t, token in enumerate(x)])
+
+
+def tnt(layer: ShardedMemory, x: Tensor) -> Tensor:
+    given = projected(layer, x)
+    o = through(given | gates_of(layer.gates, layer.spec, x), layer.weights, layer.spec, layer.norm)
+    for begin in range(0, len(x), layer.shard):
+        shard = slice(begin, begin + layer.shard)
+        q, k, v = (given[name][:, shard] for name in "qkv")
+        asked = torch.zeros_like(q)
+        for t in range(q.shape[1]):
+            for h in range(layer.heads):
+                asked[0, t, h] = sum(key * (key @ q[0, t, h]) for key in k[0, : t + 1, h])
+        asked = asked / layer.width**0.5
+        asked = asked / (asked.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        tokens = {"q": asked, "k": k, "v": v} | gates_of(layer.local_gates, layer.local, x[shard])
+        o[shard] += through(tokens, layer.local_weights, layer.local, layer.local_norm)
+    return torch.stack([PlainMemory(layer).finish(o[t], token) for t, token in enumerate(x)])
+
+
+def lact(layer: LargeChunkMemory, x: Tensor) -> Tensor:
+    core, plain = layer.attention, PlainMemory(layer)
+    gate, qkv = F.linear(x, layer.proj.weight).split([layer.gate_width, 3 * layer.dim], -1)
+    q, k, v = qkv.split(layer.dim, -1)
+    s, b = layer.stretch.split(layer.dim), layer.shift.split(layer.dim)
+    memory = {"q": F.silu(q * s[0] + b[0]), "k": F.silu(k * s[1] + b[1]), "v": F.silu(v)}
+    memory = {name: y.view(1, len(x), layer.heads, -1) for name, y in memory.items()}
+    for name in "qk":
+        memory[name] = memory[name] / (memory[name].square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    o = through(memory | gates_of(layer.gates, layer.spec, x), layer.weights, layer.spec, layer.norm)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * plain.layer.out_norm.weight
+    outputs = []
+    for t in range(len(x)):
+        near = range(max(0, t - core.window + 1), t + 1)
+        turned = rotated(q[t].view(core.heads, -1), t, core)
+        keys = [rotated(k[j].view(core.heads, -1), j, core) for j in near]
+        seen = []
+        for h in range(core.heads):
+            scores = torch.stack([turned[h] @ key[h] / math.sqrt(core.width) for key in keys])
+            seen.append(scores.softmax(0) @ torch.stack([v[j].view(core.heads, -1)[h] for j in near]))
+        outputs.append(F.linear(torch.cat(seen) + o[t].flatten() * F.silu(gate[t]), layer.out.weight))
+    return torch.stack(outputs)
 
 
 GATES = {"sigmoid": lambda z: 1 / (1 + (-z).exp()), "silu": lambda z: z / (1 + (-z).exp())}
@@ -211,14 +269,16 @@ def plain(mixer: dict) -> bool:
     return mixer["kind"] in PLAIN and MemoryConfig(**mixer["memory"]).spec.derived_by_hand
 
 
-@pytest.mark.parametrize("name", ["lmm, omega", "lmm, gated"])
-def test_the_layer_around_any_memory(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, wanted", [("lmm, omega", of_the_space), ("lmm, gated", of_the_space), ("tnt", tnt), ("lact", lact)]
+)
+def test_the_layer_around_any_memory(name: str, wanted: Callable[..., Tensor]) -> None:
     mixer: MemoryLayer = small_mixer(name).requires_grad_(False)
     for parameter in mixer.parameters():
         if parameter.dim() == 1:
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     x = tokens(1, 17)
-    assert (mixer(x)[0][0] - of_the_space(mixer, x[0])).abs().max() <= 1e-10
+    assert (mixer(x)[0][0] - wanted(mixer, x[0])).abs().max() <= 1e-10
 
 
 @pytest.mark.parametrize("name", [name for name, mixer in REGISTRY.items() if plain(mixer)])
