@@ -12,7 +12,7 @@ ARGS =
 # What the tests need of the extra lm-eval; all of it would bring scipy, scikit-learn and thirty others.
 LM_EVAL = lm_eval sacrebleu colorama lxml portalocker tabulate requests certifi charset-normalizer urllib3
 
-# Byte code is kept, for torch is compiled for half a minute by every process that finds none.
+# Byte code is kept, for every process that finds none compiles torch for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart test check lint types format gpu clean

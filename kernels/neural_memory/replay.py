@@ -18,16 +18,16 @@ from .spec import MemorySpec
 from .state import fresh_state, halo_shapes, matrix_names, state_names
 
 
-def kept_shapes(weights: Sequence[Tensor], spec: MemorySpec) -> list[tuple[int, ...]]:
-    """Shapes [H, ...] of what goes from step to step for one row, in the order of ``state_names``."""
-    matrices = [tuple(weights[i % spec.layers].shape) for i in range(len(matrix_names(spec)))]
-    return matrices + [(shape[1], shape[0], *shape[2:]) for shape in halo_shapes(weights, spec).values()]
-
-
 def state_shapes(weights: Sequence[Tensor], spec: MemorySpec) -> list[tuple[int, ...]]:
     """Shapes of a state's tensors for one row, in the order of ``state_names``."""
     matrices = [tuple(weights[i % spec.layers].shape) for i in range(len(matrix_names(spec)))]
     return matrices + list(halo_shapes(weights, spec).values())
+
+
+def kept_shapes(weights: Sequence[Tensor], spec: MemorySpec) -> list[tuple[int, ...]]:
+    """The same as they go from step to step: heads first."""
+    shapes, n = state_shapes(weights, spec), len(matrix_names(spec))
+    return shapes[:n] + [(heads, tokens, *rest) for tokens, heads, *rest in shapes[n:]]
 
 
 class GenericCall(Call):

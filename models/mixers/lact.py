@@ -31,9 +31,8 @@ class LargeChunkMemory(MemoryLayer):
     def reset_parameters(self) -> None:
         """See :class:`MemoryLayer`; s = 1, b = 0."""
         super().reset_parameters()
-        if hasattr(self, "stretch"):
-            nn.init.ones_(self.stretch)
-            nn.init.zeros_(self.shift)
+        nn.init.ones_(self.stretch)
+        nn.init.zeros_(self.shift)
 
     def _heads_of(
         self, qkv: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, return_state: bool

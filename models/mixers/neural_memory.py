@@ -72,7 +72,7 @@ class MemoryLayer(Mixer):
         self.norm = nn.Parameter(torch.empty(self.heads, self.width)) if self.spec.norm else None
         self.out_norm = RMSNorm(self.width, model.norm_eps)
         self.out = Linear(self.dim, self.dim, model.residual_std)
-        self.reset_parameters()
+        MemoryLayer.reset_parameters(self)  # of this class alone: what a subclass adds is not there yet
 
     def reset_parameters(self) -> None:
         """Draw the convolution (uniform in ±1/√width, as torch's own) and W_0."""
@@ -166,10 +166,23 @@ class MemoryLayer(Mixer):
         held = state or {}
         q, k, v, gate, conv = self._write_inputs(x, held.get("conv"), cu_seqlens, return_state)
         o, memory = self._remember(x, (q, k, v), held.get("memory"), cu_seqlens, return_state)
+        o, more = self._beside(o, x, (q, k, v), held, cu_seqlens, return_state)
         y = self._finish(o, gate)
         if not return_state:
             return y, None
-        return y, {"memory": memory} | ({"conv": conv} if conv else {})
+        return y, {"memory": memory, **more} | ({"conv": conv} if conv else {})
+
+    def _beside(
+        self,
+        o: Tensor,
+        x: Tensor,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        held: LayerState,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, LayerState]:
+        """What was read, with what a subclass has beside this memory, and its part of the state; here nothing."""
+        return o, {}
 
     def conv_state(self, channels: int, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState | None:
         """The convolution's state before the first token; None without a convolution."""

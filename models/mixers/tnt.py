@@ -51,6 +51,7 @@ class ShardedMemory(MemoryLayer):
     that all run at once; what lies further back is the first memory's, whose chunks are long and few. The paper adds up
     k kᵀ from the local chunk's start and leaves the size of q' open; here from the shard's start, and normalised.
 
+    What is diagnosed, observed and recalled is the first memory's.
     State: those of :class:`MemoryLayer`; ``local``, ``span`` and ``position`` int32 [N], tokens of the shard so far.
     """
 
@@ -61,30 +62,27 @@ class ShardedMemory(MemoryLayer):
         shapes = self.local.weight_shapes(self.heads, self.width, self.width)
         self.local_weights = nn.ParameterList(nn.Parameter(torch.empty(*shape)) for shape in shapes)
         self.local_norm = nn.Parameter(torch.empty(self.heads, self.width)) if self.local.norm else None
+        self._draw_local()
+
+    def _draw_local(self) -> None:
         draw_start(list(self.local_weights), self.local_norm, self.local)
 
     def reset_parameters(self) -> None:
         """See :class:`MemoryLayer`; both memories alike."""
         super().reset_parameters()
-        if hasattr(self, "local_weights"):
-            draw_start(list(self.local_weights), self.local_norm, self.local)
+        self._draw_local()
 
-    def forward(
+    def _beside(
         self,
+        o: Tensor,
         x: Tensor,
-        state: LayerState | None = None,
-        cu_seqlens: Tensor | None = None,
-        return_state: bool = True,
-    ) -> tuple[Tensor, LayerState | None]:
-        """See :class:`Mixer`."""
-        held = state or {}
-        q, k, v, gate, conv = self._write_inputs(x, held.get("conv"), cu_seqlens, return_state)
-        o, memory = self._remember(x, (q, k, v), held.get("memory"), cu_seqlens, return_state)
-        near, after = self._local(x, q, k, v, held, cu_seqlens, return_state)
-        y = self._finish(o + near, gate)
-        if not return_state:
-            return y, None
-        return y, {"memory": memory, **after} | ({"conv": conv} if conv else {})
+        tokens: tuple[Tensor, Tensor, Tensor],
+        held: LayerState,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, LayerState]:
+        near, after = self._local(x, *tokens, held, cu_seqlens, return_state)
+        return o + near, after
 
     def _local(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, held: LayerState, cu_seqlens: Tensor | None, keep: bool
