@@ -20,6 +20,7 @@ from .. import check
 from ..op import register
 from . import networks, reference
 from .cost import cost
+from .coverage import uncovered
 from .operator import neural_memory_op
 from .spec import LAYER_NORM_EPS, MemorySpec
 from .state import fresh_state, halo_shapes, state_names
@@ -67,10 +68,8 @@ def neural_memory(
             Its chunk, if unfinished, goes on.
         cu_seqlens: int32 [N + 1] borders of packed sequences, B = 1. Each starts afresh or from its row of ``state``.
         return_state: also return the state after the last token.
-        backend: "reference", "torch" or "triton"; see :mod:`palimpsest.kernels.backend`. The Triton kernels cover a
-            linear memory and a two-layer one, widths D = D_v and F that are powers of two, D from 16 to 128, and
-            chunks of 16, 32 or a multiple of 64, in float32, bfloat16 and float16, with the biases l2 and dot, the
-            retentions l2 and none, the rules gd and momentum, and no window. All else runs plain torch.
+        backend: "reference", "torch" or "triton"; see :mod:`palimpsest.kernels.backend`. What the Triton kernels do not
+            cover (:func:`.coverage.uncovered`) runs plain torch.
 
     Returns:
         o [B, T, H, D_v] in v's dtype, and the state (``weights.i``, ``momentum.i``, ``anchor.i`` [N, H, in, out] in
@@ -81,7 +80,7 @@ def neural_memory(
     """
     gates = {"step": step, "log_retain": log_retain, "log_momentum": log_momentum, "gamma": gamma, "delta": delta}
     _check(q, k, v, gates, weights, spec, norm, state, cu_seqlens)
-    run = OPERATION.choose(q.device, backend, _unfit(q, v, spec))
+    run = OPERATION.choose(q.device, backend, uncovered(q.dtype, q.shape[-1], v.shape[-1], spec))
     o, final = run(
         q,
         k,
@@ -220,33 +219,6 @@ def _check_state(
         check.dtype(f"state[{name!r}]", state[name], (kind,))
     check.shape("state['position']", state["position"], [rows], "[N]")
     check.dtype("state['position']", state["position"], (torch.int32,))
-
-
-def _unfit(q: Tensor, v: Tensor, spec: MemorySpec) -> tuple[str, object, str] | None:
-    """Why the Triton kernels do not cover a call, for :meth:`Operation.choose`, or None."""
-    d, dv, chunk = q.shape[-1], v.shape[-1], spec.chunk_size
-    if q.dtype == torch.float64:
-        return "q.dtype", "float64", "be float32, bfloat16 or float16"
-    for name, covered in (
-        ("network", ("linear", "mlp")),
-        ("bias", ("l2", "dot")),
-        ("retention", ("l2", "none")),
-        ("rule", ("gd", "momentum")),
-        ("window", (1,)),
-    ):
-        if getattr(spec, name) not in covered:
-            return name, getattr(spec, name), f"be {' or '.join(map(str, covered))}"
-    if spec.layers > 2:
-        return "depth", spec.layers, "be 1 or 2"
-    if d not in (16, 32, 64, 128):
-        return "q.shape[-1]", d, "be 16, 32, 64 or 128"
-    if dv != d:
-        return "v.shape[-1]", dv, f"be {d}, the width of keys,"
-    if spec.layers == 2 and spec.expansion not in (1, 2, 4, 8):
-        return "expansion", spec.expansion, "be 1, 2, 4 or 8"
-    if chunk not in (16, 32) and chunk % 64:
-        return "chunk_size", chunk, "be 16, 32 or a multiple of 64"
-    return None
 
 
 def _run(q, k, v, step, log_retain, log_momentum, *, gamma, delta, weights, spec, norm, state, cu_seqlens, triton):

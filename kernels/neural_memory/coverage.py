@@ -1,0 +1,43 @@
+"""Which neural memories the Triton kernels cover; all others run plain torch, on a GPU too."""
+
+import torch
+
+from .spec import MemorySpec
+
+#: Choices of a memory that there are kernels for.
+COVERED: dict[str, tuple[object, ...]] = {
+    "network": ("linear", "mlp"),
+    "bias": ("l2", "dot"),
+    "retention": ("l2", "none"),
+    "rule": ("gd", "momentum"),
+    "window": (1,),
+}
+WIDTHS = (16, 32, 64, 128)
+EXPANSIONS = (1, 2, 4, 8)
+
+
+def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec) -> tuple[str, object, str] | None:
+    """Why there is no kernel for a call, as (argument, what it was, what it must), or None.
+
+    Args:
+        kind: dtype of the tokens.
+        width: D of queries and keys.
+        value_width: D_v.
+        spec: the memory.
+    """
+    if kind == torch.float64:
+        return "q.dtype", "float64", "be float32, bfloat16 or float16"
+    for name, covered in COVERED.items():
+        if getattr(spec, name) not in covered:
+            return name, getattr(spec, name), f"be {' or '.join(map(str, covered))}"
+    if spec.layers > 2:
+        return "depth", spec.layers, "be 1 or 2"
+    if width not in WIDTHS:
+        return "q.shape[-1]", width, "be 16, 32, 64 or 128"
+    if value_width != width:
+        return "v.shape[-1]", value_width, f"be {width}, the width of keys,"
+    if spec.layers == 2 and spec.expansion not in EXPANSIONS:
+        return "expansion", spec.expansion, "be 1, 2, 4 or 8"
+    if spec.chunk_size not in (16, 32) and spec.chunk_size % 64:
+        return "chunk_size", spec.chunk_size, "be 16, 32 or a multiple of 64"
+    return None
