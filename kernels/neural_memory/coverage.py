@@ -11,6 +11,7 @@ COVERED: dict[str, tuple[object, ...]] = {
     "retention": ("l2", "none"),
     "rule": ("gd", "momentum"),
     "window": (1,),
+    "gates": ("head",),
 }
 WIDTHS = (16, 32, 64, 128)
 EXPANSIONS = (1, 2, 4, 8)

@@ -9,6 +9,7 @@ NETWORKS = ("linear", "mlp", "gated_mlp")
 BIASES = ("l2", "dot", "lp", "huber")
 RETENTIONS = ("l2", "none", "lq", "kl", "norm")
 RULES = ("momentum", "gd", "muon", "muon_gd")
+GATES = ("head", "channel")
 
 #: Added to the variance in the memory's LayerNorm.
 LAYER_NORM_EPS = 1e-6
@@ -66,6 +67,10 @@ class MemorySpec:
         ns_steps: Newton-Schulz steps of muon.
         lp_power, lp_sharpness, lp_smoothing: p ≥ 1, ν and ε of ``"lp"``.
         lq_power: q ≥ 2 of ``"lq"``.
+        gates: ``"head"``, one a, η and θ for all of a token's memory; ``"channel"``, one for every output unit (Miras):
+            column c of the last matrix goes by W_t = a_t[c] W_{t-1} + S_t, S_t = η_t[c] S_{t-1} − θ_t[c] g_t. Matrices
+            before it, of other widths, take the mean of θ and the geometric means of a and η. It goes with every other
+            choice: all that follows a write (a projection, an orthogonalisation) has a meaning for any S.
 
     ``"lq"`` (Moneta): W = r D with r = ‖D‖_q^(2−q) of each matrix, as at the chunk's start. ``"kl"`` (Memora):
     W = in · softmax(D) over the inputs of every output unit at the chunk's start, D being kept as log W; in the chunk
@@ -96,12 +101,14 @@ class MemorySpec:
     lp_sharpness: float = 10.0
     lp_smoothing: float = 1e-6
     lq_power: float = 4.0
+    gates: str = "head"
 
     def __post_init__(self) -> None:
         _one_of("network", self.network, NETWORKS)
         _one_of("bias", self.bias, BIASES)
         _one_of("retention", self.retention, RETENTIONS)
         _one_of("rule", self.rule, RULES)
+        _one_of("gates", self.gates, GATES)
         deep = self.network != "linear"
         for name, default in (("depth", 2 if deep else 1), ("norm", deep), ("residual", deep)):
             if getattr(self, name) is None:
@@ -150,6 +157,11 @@ class MemorySpec:
         return 3 if self.network == "gated_mlp" else self.depth
 
     @property
+    def last(self) -> int:
+        """Which matrix is the last: its outputs are the memory's."""
+        return 1 if self.network == "gated_mlp" else self.layers - 1
+
+    @property
     def orthogonal(self) -> bool:
         """Whether W sees the momentum only orthogonalised."""
         return self.rule in ("muon", "muon_gd")
@@ -177,7 +189,7 @@ class MemorySpec:
     @property
     def derived_by_hand(self) -> bool:
         """Whether ``chunked.py`` has this memory with its own backward; autograd goes through a chunk of all others."""
-        plain = self.network != "gated_mlp" and self.bias in ("l2", "dot")
+        plain = self.network != "gated_mlp" and self.bias in ("l2", "dot") and self.gates == "head"
         return plain and self.retention in ("l2", "none") and not self.orthogonal and self.window == 1
 
     def weight_shapes(self, heads: int, key_dim: int, value_dim: int) -> list[tuple[int, int, int]]:
