@@ -9,6 +9,7 @@ import torch
 from . import report
 from .choose import check_tasks, names, options
 from .harness import Plan, evaluate, open_run, pick_device, reported, write
+from .rechunk import at_chunk_size
 from .tasks import TASKS
 
 
@@ -29,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, help=f"rows read side by side (default {Plan.batch})")
     made.add_argument("--examples", type=int, help=f"questions per cell (default {Plan.examples})")
     made.add_argument("--seed", type=int, help=f"of the questions (default {Plan.seed})")
+    made.add_argument(
+        "--chunk-size",
+        type=int,
+        help="ask the neural memories at this chunk size, and show the loss at that of the training beside it",
+    )
     made.add_argument("--out", help="folder for the results (default: the run folder)")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     made.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
@@ -48,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = run.config.data.task
         tasks = tuple(asked or (TASKS if own is None else (own,)))
         changed = {name: getattr(args, name) for name in ("factor", "tokens", "batch", "examples", "seed")}
-        content = evaluate(run, Plan.of(run.config.eval, tasks=tasks, options=options(args.set, tasks), **changed))
+        plan = Plan.of(run.config.eval, tasks=tasks, options=options(args.set, tasks), **changed)
+        content = evaluate(run, plan) if args.chunk_size is None else at_chunk_size(run, plan, args.chunk_size)
         print(report.evaluation(content))
         for path in write(Path(args.out) if args.out else run.folder, content):
             print(path)

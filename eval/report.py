@@ -171,6 +171,16 @@ TEXTS = {
 }
 
 
+def _chunk_size(told: Mapping[str, Any]) -> list[str]:
+    """Scores at the chunk size asked for and at the trained one."""
+    trained = ", ".join(map(str, told["trained"]))
+    rows = [[f"{x['task']}: {x['score']}", number(x["asked"], 4), number(x["trained"], 4)] for x in told["compared"]]
+    return [
+        f"All below is at chunk size {told['asked']}; the memories were trained at {trained}.",
+        *([table(["", f"at {told['asked']}", f"at {trained}"], rows)] if rows else []),
+    ]
+
+
 def evaluation(record: Mapping[str, Any]) -> str:
     """The whole report of one run."""
     made, tasks = record["model"], record["tasks"]
@@ -178,6 +188,7 @@ def evaluation(record: Mapping[str, Any]) -> str:
         f"# Evaluation of {record['run']}",
         f"{made['parameters']:,} parameters; training context {made['context']:,}.",
     ]
+    parts += _chunk_size(record["chunk_size"]) if "chunk_size" in record else []
     for name, result in tasks.items():
         parts += TEXTS[name](result) if name in TEXTS else [f"## {name}", examples(result)]
     where = record["machine"]

@@ -1,6 +1,7 @@
 """How an operation is registered: its implementations by backend, and its cost from shapes alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,28 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A call of an operation, and why the Triton kernels do not cover it: empty where they do."""
+
+    operation: str
+    reason: str
+
+
+_watchers: list[list[Choice]] = []
+
+
+@contextmanager
+def watching() -> Iterator[list[Choice]]:
+    """Every call of an operation made inside, in order. Says what a GPU would run, whatever this machine has."""
+    calls: list[Choice] = []
+    _watchers.append(calls)
+    try:
+        yield calls
+    finally:
+        _watchers.remove(calls)
 
 
 @dataclass(frozen=True)
@@ -41,9 +64,10 @@ class Operation:
             ValueError: naming the ``backend``, or the argument that the backend asked for does not cover.
         """
         name = backends.resolve(self.name, self.implementations, device, requested)
-        if name == "triton" and unfit is not None:
-            argument, was, must = unfit
-            reason = f"{argument} was {was}; it must {must}"
+        reason = "" if unfit is None else f"{unfit[0]} was {unfit[1]}; it must {unfit[2]}"
+        for calls in _watchers:
+            calls.append(Choice(self.name, reason))
+        if name == "triton" and reason:
             if requested == name:
                 raise ValueError(f"{reason} for backend 'triton' of {self.name}")
             if not torch.compiler.is_compiling():

@@ -1,11 +1,13 @@
 """What a configuration amounts to, without training it: ``python -m palimpsest.models.describe CONFIG [key=value …]``.
 
-Parameters, the bytes of one sequence's state, the floating-point operations of a token, and a tree of the modules with
-their shapes. Nothing is computed and no memory taken for it: tensors are on the meta device, whatever the model's size.
+Parameters, the bytes of one sequence's state, the floating-point operations of a token, which kernels a GPU runs, and a
+tree of the modules with their shapes. Nothing is computed and no memory taken for it: tensors are on the meta device,
+whatever the model's size.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from ..kernels.backend import log_once
+from ..kernels.op import Choice, watching
 from .config import ConfigError, ModelConfig, apply_overrides, load_config, parse_override, validate
 from .lm import MemoryLM, make
 from .state import State
@@ -30,6 +33,7 @@ class Description:
     ``parameters``: trainable ones, a shared one counted once; ``active_parameters``: those that one token meets.
     ``state_bytes``: all tensors of one sequence's state after ``seq_len`` tokens. ``flops_per_token``: of a forward and
     backward over ``seq_len`` tokens, by token; ``head_flops_per_token``, the output head's part: 6 dim V.
+    ``kernels``: each operation of a forward, its calls, and whether a GPU runs Triton kernels or plain torch, and why.
     ``tree``: the modules, a line each, with the shapes of their parameters; then the state's tensors.
     """
 
@@ -39,6 +43,7 @@ class Description:
     flops_per_token: float
     head_flops_per_token: float
     seq_len: int
+    kernels: tuple[str, ...]
     tree: str
 
     def text(self) -> str:
@@ -51,7 +56,8 @@ class Description:
             ("of these, in the output head", f"{self.head_flops_per_token:,.0f}"),
         ]
         wide, right = (max(len(pair[i]) for pair in lines) for i in (0, 1))
-        return "\n".join([f"{name.ljust(wide)}  {value.rjust(right)}" for name, value in lines]) + f"\n\n{self.tree}"
+        numbers = [f"{name.ljust(wide)}  {value.rjust(right)}" for name, value in lines]
+        return "\n".join([*numbers, "", "on a GPU", *(f"  {line}" for line in self.kernels), "", self.tree])
 
 
 def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> tuple[ModelConfig, int]:
@@ -85,7 +91,8 @@ def describe(config: str | Path | Mapping[str, Any], **overrides: Any) -> Descri
     """A model in numbers; see :func:`read` for what ``config`` may be and what is raised."""
     told, seq_len = read(config, overrides)
     model = outline(told)
-    state = state_of(model, seq_len)
+    with watching() as calls:
+        state = state_of(model, seq_len)
     return Description(
         parameters=count(model),
         active_parameters=model.active_parameters(),
@@ -93,6 +100,7 @@ def describe(config: str | Path | Mapping[str, Any], **overrides: Any) -> Descri
         flops_per_token=model.flops_per_token(seq_len),
         head_flops_per_token=6.0 * told.dim * told.vocab_size,
         seq_len=seq_len,
+        kernels=tuple(_paths(calls)),
         tree="\n".join([*_modules("model", model), f"state {state.bytes:,} bytes", *_state(state)]),
     )
 
@@ -128,6 +136,13 @@ def state_of(model: MemoryLM, seq_len: int) -> State:
     state = model(_tokens(model, seq_len)).state
     assert state is not None
     return state
+
+
+def _paths(calls: Sequence[Choice]) -> Iterator[str]:
+    """A line for each operation and path."""
+    for choice, times in Counter(calls).items():
+        path = f"plain torch, for {choice.reason}" if choice.reason else "Triton"
+        yield f"{choice.operation} × {times}: {path}"
 
 
 def _shown(name: str, shape: Sequence[int], kind: str) -> str:

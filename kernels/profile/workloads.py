@@ -98,7 +98,7 @@ def moved(arguments: Mapping[str, Any], dtype: torch.dtype, device: str) -> dict
     return {name: tree_map_only(Tensor, partial(move, gate=name in GATES), value) for name, value in arguments.items()}
 
 
-GATES = {"step", "log_retain", "log_momentum", "beta", "log_decay"}
+GATES = {"step", "log_retain", "log_momentum", "gamma", "delta", "beta", "log_decay"}
 
 
 def _memory(draw: Draw, sizes: Sizes, spec: MemorySpec) -> dict[str, Any]:
@@ -112,8 +112,10 @@ def _memory(draw: Draw, sizes: Sizes, spec: MemorySpec) -> dict[str, Any]:
         "k": draw.unit(b, t, h, d),
         "v": draw.normal(b, t, h, d),
         "step": draw.gate(0.5 * size, size, b, t, h),
-        "log_retain": draw.gate(-1e-3, -1e-4, b, t, h) if spec.retention == "l2" else None,
-        "log_momentum": draw.gate(-0.3, -0.1, b, t, h) if spec.has_momentum else None,
+        "log_retain": draw.gate(-1e-3, -1e-4, b, t, h) if spec.retention_gate else None,
+        "log_momentum": draw.gate(-0.3, -0.1, b, t, h) if spec.momentum_gate else None,
+        "gamma": draw.gate(0.1, 1.0, b, t, h) if spec.window > 1 else None,
+        "delta": draw.gate(1.0, 4.0, b, t, h) if spec.bias == "huber" else None,
         "weights": [draw.normal(*shape, scale=s) for shape, s in zip(shapes, spread, strict=True)],
         "norm": draw.normal(h, d) if spec.norm else None,
     }
@@ -267,6 +269,15 @@ def _memories() -> list[Workload]:
         "mlp_f256_c64": MemorySpec(expansion=4, chunk_size=64),
         "mlp_f64_c64": MemorySpec(expansion=1, chunk_size=64),
         "linear_c64": MemorySpec(network="linear", depth=1, norm=False, residual=False, chunk_size=64),
+        "mlp_lp_c64": MemorySpec(bias="lp"),
+        "mlp_huber_c64": MemorySpec(bias="huber"),
+        "mlp_lq_c64": MemorySpec(retention="lq"),
+        "mlp_kl_c64": MemorySpec(retention="kl"),
+        "mlp_norm_c64": MemorySpec(retention="norm"),
+        "mlp_window4_c64": MemorySpec(window=4),
+        "mlp_muon_c64": MemorySpec(rule="muon"),
+        "gated_mlp_c64": MemorySpec(network="gated_mlp"),
+        "mlp_depth3_c64": MemorySpec(depth=3),
     }
     return [
         Workload(

@@ -32,6 +32,19 @@ class Mixer(nn.Module):
         """The state of ``batch`` sequences before their first token; ``dtype`` is that of x."""
         raise NotImplementedError
 
+    @property
+    def inner_chunk(self) -> int | None:
+        """After how many tokens its neural memory moves to the weights at which gradients are taken; None without."""
+        return None
+
+    def rechunk(self, size: int) -> None:
+        """Make :attr:`inner_chunk` ``size``, the gates staying as they are.
+
+        Raises:
+            ValueError: for a mixer without a neural memory, or a size that its memory cannot have.
+        """
+        raise ValueError(f"{type(self).__name__} was to take chunks of {size}; it must have a neural memory for that")
+
     def idle_parameters(self) -> int:
         """How many of its parameters a token does not meet: those of memories that it is not routed to."""
         return 0

@@ -152,6 +152,18 @@ class MixtureOfMemories(Mixer):
         self.out = Linear(self.dim, self.dim, model.residual_std)
         self.reset_parameters()
 
+    @property
+    def inner_chunk(self) -> int | None:
+        """See :class:`Mixer`; None for linear memories, whose result no chunk changes."""
+        return None if self.spec is None else self.spec.chunk_size
+
+    def rechunk(self, size: int) -> None:
+        """See :class:`Mixer`."""
+        if self.spec is None:
+            super().rechunk(size)
+        else:
+            self.spec = replace(self.spec, chunk_size=size)
+
     def reset_parameters(self) -> None:
         """Draw what is not drawn by a part: the memories' projections, W_0 and the convolution."""
         if self.write is not None:

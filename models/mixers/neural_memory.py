@@ -80,6 +80,15 @@ class MemoryLayer(Mixer):
             nn.init.uniform_(self.conv, -(self.conv.shape[1] ** -0.5), self.conv.shape[1] ** -0.5)
         draw_start(self.start(), self.norm, self.spec)
 
+    @property
+    def inner_chunk(self) -> int | None:
+        """See :class:`Mixer`."""
+        return self.spec.chunk_size
+
+    def rechunk(self, size: int) -> None:
+        """See :class:`Mixer`."""
+        self.spec = replace(self.spec, chunk_size=size)
+
     def start(self) -> list[Tensor]:
         """W_0, each [H, in, out], or for the retentions lq and kl what it follows from."""
         return list(self.weights)

@@ -1,7 +1,7 @@
 """TNT: a memory of the whole sequence in large chunks, and one in small chunks that begins anew with every shard."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,15 @@ class ShardedMemory(MemoryLayer):
         """See :class:`MemoryLayer`; both memories alike."""
         super().reset_parameters()
         self._draw_local()
+
+    @property
+    def inner_chunk(self) -> int | None:
+        """See :class:`Mixer`; of the local memory, as the paper serves with other chunks than it trains with."""
+        return self.local.chunk_size
+
+    def rechunk(self, size: int) -> None:
+        """See :class:`Mixer`."""
+        self.local = replace(self.local, chunk_size=size)
 
     def _beside(
         self,

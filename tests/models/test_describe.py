@@ -96,3 +96,11 @@ def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixtu
     assert words in capsys.readouterr().err
     with pytest.raises(ConfigError, match="model is missing"):
         describe.describe({"train": {}})
+
+
+def test_what_a_gpu_would_run_is_told() -> None:
+    content = {"model": SMALL | {"layers": 2, "dim": 32, "mixer": {"kind": "neural_memory", "memory": {"heads": 2}}}}
+    found = describe.describe(content, **{"train.seq_len": 8, "model.mixer.memory.depth": 3})
+    assert "neural_memory × 2: plain torch, for depth was 3; it must be 1 or 2" in found.kernels
+    assert "short_conv × 2: Triton" in found.kernels and "\non a GPU\n" in found.text()
+    assert "neural_memory × 2: Triton" in describe.describe(content, **{"train.seq_len": 8}).kernels
