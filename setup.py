@@ -27,6 +27,7 @@ DOORS = {
     "palimpsest-eval": "palimpsest.eval.__main__:main",
     "palimpsest-generate": "palimpsest.eval.generate:main",
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
+    "palimpsest-presets": "palimpsest.eval.presets:main",
     "palimpsest-inspect": "palimpsest.eval.inspect:main",
     "palimpsest-ablate": "palimpsest.eval.ablate:main",
     "palimpsest-describe": "palimpsest.models.describe:main",

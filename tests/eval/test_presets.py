@@ -1,0 +1,80 @@
+"""The page of all presets side by side."""
+
+import json
+
+import pytest
+
+from palimpsest.configs import HERE
+from palimpsest.eval import presets
+from palimpsest.models.describe import describe
+
+FEW = ["transformer", "titans_lmm", "atlas"]
+RUN = {
+    "seconds": 90.0,
+    "machine": {"cpu": "A CPU"},
+    "versions": {"python": "3.11", "torch": "2.13"},
+    "date": "2026-11-22T10:00:00",
+}
+
+
+def results(measure: str, **arms: tuple[float, float | None]) -> dict:
+    """What an ablation writes, as far as the page reads it."""
+    summary = [{"arm": name, "measures": {measure: {"mean": m, "sd": sd}}} for name, (m, sd) in arms.items()]
+    return {
+        "ablation": {"name": "tried", "about": "Some\n  bytes.", "seeds": [0, 1]},
+        "summary": summary,
+        "runs": [RUN, RUN],
+    }
+
+
+def test_all_presets_are_there_and_the_first_is_what_speed_is_compared_with() -> None:
+    found = presets.names("tiny")
+    assert found[0] == "transformer" and sorted(found) == sorted(path.stem for path in (HERE / "tiny").glob("*.yaml"))
+    with pytest.raises(ValueError, match="size was 'small'; it must be one of 170m, 340m"):
+        presets.names("small")
+
+
+def test_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    """Speeds are medians of ratios within a round: a machine that is slower in one round changes none."""
+    monkeypatch.setattr(presets, "names", lambda size: FEW)
+    taken = iter([100.0, 80.0, 20.0, 10.0, 5.0, 3.0, 200.0, 120.0, 40.0])
+    monkeypatch.setattr(presets, "measure", lambda *_: {"tokens_per_second": next(taken)})
+    text, more, mqar = (tmp_path / f"{name}.json" for name in ("text", "more", "mqar"))
+    text.write_text(json.dumps(results("validation_loss", transformer=(2.0, 0.25), titans_lmm=(1.5, None))))
+    more.write_text(json.dumps(results("validation_loss", titans_lmm=(9.0, 0.0), atlas=(1.25, 0.5))))
+    mqar.write_text(json.dumps(results("mean", atlas=(0.75, 0.125))))
+    out = tmp_path / "presets.md"
+    told = ["--text", str(text), str(more), "--mqar", str(mqar), "--rounds", "3", "--out", str(out)]
+    assert presets.main(told) == 0
+    written = out.read_text()
+    assert capsys.readouterr().out.strip() == written.strip()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line.startswith("|")]
+    rows = {name: others for name, *others in cells}
+    for name, loss, right, speed in (
+        ("transformer", "2.000 ± 0.250", "–", "1.00"),
+        ("titans_lmm", "1.500", "–", "0.60"),
+        ("atlas", "1.250 ± 0.500", "0.750 ± 0.125", "0.20"),
+    ):
+        sizes = describe(f"tiny/{name}")
+        wanted = [
+            f"{sizes.parameters:,}",
+            f"{sizes.state_bytes:,}",
+            f"{sizes.flops_per_token:,.0f}",
+            loss,
+            right,
+            speed,
+        ]
+        assert rows[name][:-1] == wanted
+    assert rows["titans_lmm"][-1] == "Triton" and rows["atlas"][-1].startswith("plain torch: ")
+    assert "`python -m palimpsest.eval.ablate ablations/tried`: Some bytes. 2 runs, seeds 0, 1, 3 minutes of" in written
+    assert presets.main(["--text", str(mqar), "--rounds", "0"]) == 2
+    assert "results of 'tried' have mean; they must have validation_loss" in capsys.readouterr().err
+    assert presets.main(["--rounds", "0"]) == 0
+    assert "speed" not in capsys.readouterr().out.lower()
+
+
+def test_the_kernels_of_memories_are_told_and_why_there_are_none() -> None:
+    path = presets.path_of
+    assert path(("rms_norm × 3: plain torch, for x was 1; it must 2", "neural_memory × 2: Triton")) == "Triton"
+    lines = ("neural_memory × 2: plain torch, for window was 4; it must be 1", "window_attention × 2: Triton")
+    assert path(lines) == "plain torch: window 4"
