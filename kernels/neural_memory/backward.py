@@ -38,7 +38,7 @@ def run_backward(
 ) -> list[Tensor | None]:
     """What the backward operator returns: gradients of q, k, v, the gates and norm (None where those are), then of the
     state or, without one, of the weights."""
-    q, k, v, step, log_retain, log_momentum = (None if x is None else x.contiguous() for x in tokens)
+    q, k, v, step, log_retain, log_momentum, delta = (None if x is None else x.contiguous() for x in tokens)
     assert q is not None and k is not None and v is not None and step is not None
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     constants = constants_of(q, weights, bool(state), cu_seqlens is not None, True, spec)
@@ -46,10 +46,12 @@ def run_backward(
     of_steps = run_gates(*gates, q.dtype)
     d_of_steps = [torch.empty_like(x) for x in of_steps]
     d_tokens = [torch.empty_like(x) for x in (q, k, v)]
+    d_delta = None if delta is None else torch.empty_like(delta)
     # By the reads of a step and by its error; zero where there is no step.
     d_norms = step.new_zeros((0 if norm is None else of_steps[0].shape[0], q.shape[2], 2, q.shape[3]))
     arguments = {
         **dict(zip(("q_ptr", "k_ptr", "v_ptr"), (q, k, v), strict=True)),
+        "threshold_ptr": step if delta is None else delta,
         "d_o_ptr": grad_o.contiguous(),
         **dict(zip(("write_ptr", "vectors_ptr", "ends_ptr"), of_steps, strict=True)),
         "norm_ptr": step if norm is None else norm.contiguous(),
@@ -62,6 +64,7 @@ def run_backward(
         **dict(zip(("d_q_ptr", "d_k_ptr", "d_v_ptr"), d_tokens, strict=True)),
         **dict(zip(("d_write_ptr", "d_vectors_ptr", "d_ends_ptr"), d_of_steps, strict=True)),
         "d_norm_ptr": d_norms,
+        "d_threshold_ptr": step if d_delta is None else d_delta,
         "T": q.shape[1],
         "zero": 0,
     }
@@ -70,7 +73,7 @@ def run_backward(
     found = unpack(d_state, weights) if state else unpack(d_state.sum(0), weights)[: len(weights)]
     if not state:
         found = [x.to(w.dtype) for x, w in zip(found, weights, strict=True)]
-    return [*d_tokens, *d_gates, None if norm is None else d_norms.sum((0, 2)).to(norm.dtype), *found]
+    return [*d_tokens, *d_gates, d_delta, None if norm is None else d_norms.sum((0, 2)).to(norm.dtype), *found]
 
 
 def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: int, spec: MemorySpec) -> Tensor:

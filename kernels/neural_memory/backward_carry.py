@@ -11,12 +11,13 @@ from .tiles import anchor_of, copy, fold, found_anew, segment_steps, sequence, s
 
 
 @triton.jit
-def carry_step(j, segment, T, zero, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
-               states_ptr, d_k_ptr, d_v_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr,
-               zero_ptr, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
-               EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
-               MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr,
-               PRECISION: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
+               position_ptr, cu_ptr, states_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr,
+               d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H: tl.constexpr, D: tl.constexpr,
+               F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr,
+               NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr,
+               STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+               BF: tl.constexpr):  # fmt: skip
     """One step: its passes, one after the other."""
     SIZE: tl.constexpr = D * F
     LAYERS: tl.constexpr = 2 if DEEP else 1
@@ -62,8 +63,8 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_pt
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F)
     error_down(
-        d_v_ptr, j, begin, length, place, h, norm_ptr, d_norm_ptr + slot * (2 * D) + D, small, wide, H, D, F, C,
-        NORM, RESIDUAL, DOT, DT,
+        d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place, h, norm_ptr, d_norm_ptr + slot * (2 * D) + D,
+        small, wide, H, D, F, C, NORM, RESIDUAL, BIAS, DT,
     )  # fmt: skip
     tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
@@ -78,7 +79,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_pt
     g1 = d_before_ptr + program * (LAYERS * WHOLE) + tl.where(opens & (C == CHUNK), 0, PAIR)
     keys_down(
         k_ptr, d_k_ptr, tok, valid, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, small, wide, zero, D, F, C, BF, DEEP,
-        NORM or not DOT, DT, PRECISION,
+        NORM or BIAS[0] != "dot", DT, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
@@ -121,12 +122,12 @@ def begin_carry(segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after
 
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_carry(
-    q_ptr, k_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, end_ptr, states_ptr,
-    d_k_ptr, d_v_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, d_after_ptr, small_ptr, wide_ptr, zero_ptr,
-    T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
-    EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
-    MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    BF: tl.constexpr,
+    q_ptr, k_ptr, threshold_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, end_ptr,
+    states_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, d_after_ptr,
+    small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The steps of a segment, last to first. ``end``: gradients of the state after the call, with which a sequence's
     last segment begins; ``d_after``: those after any other; ``d_before``: those before the segment, and the running
@@ -142,8 +143,8 @@ def neural_memory_carry(
         j = after - 1 - back
         if j >= first:
             carry_step(
-                j, segment, T, zero, q_ptr, k_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr,
-                states_ptr, d_k_ptr, d_v_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr,
-                zero_ptr, H, D, F, CHUNK, C, EVERY, DEEP, NORM, RESIDUAL, DOT, MOMENTUM, STATE, PACKED, DT, PRECISION,
-                BF,
+                j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
+                position_ptr, cu_ptr, states_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr,
+                d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C, EVERY, DEEP, NORM, RESIDUAL,
+                BIAS, MOMENTUM, STATE, PACKED, DT, PRECISION, BF,
             )  # fmt: skip

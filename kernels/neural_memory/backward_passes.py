@@ -12,6 +12,7 @@ Each pass takes scalars alone and leaves nothing in registers for the next. The 
 import triton
 import triton.language as tl
 
+from .biases import error_of, residual_backward
 from .tiles import (
     gelu,
     gelu_curve,
@@ -213,9 +214,12 @@ def second_order(u2, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.
 
 
 @triton.jit
-def error_backward(d_delta, normed, rstd, error, scale, D: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr):
-    """From the gradient of Δ of the last layer to those of the error, of the last layer's output, and of the norm."""
+def error_backward(d_delta, normed, rstd, residual, scale, threshold, D: tl.constexpr, NORM: tl.constexpr,
+                   BIAS: tl.constexpr):  # fmt: skip
+    """From the gradient of Δ of the last layer to those of the residual, of the last layer's output, of the norm, and
+    of huber's threshold."""
     if NORM:
+        error = error_of(residual, threshold, BIAS)
         scaled = error * scale[None, :]
         delta = project(scaled, normed, D) * rstd[:, None]
         d_scaled = project(d_delta, normed, D) * rstd[:, None]
@@ -225,40 +229,50 @@ def error_backward(d_delta, normed, rstd, error, scale, D: tl.constexpr, NORM: t
         d_rstd = -rstd * tl.sum(d_delta * delta, 1) / D
         d_error = d_scaled * scale[None, :]
         d_scale = tl.sum(d_scaled * error, 0)
-        if not DOT:
-            d_normed += d_error * scale[None, :]
-            d_scale += tl.sum(d_error * normed, 0)
+        d_residual, d_threshold = residual_backward(d_error, residual, threshold, BIAS)
+        if BIAS[0] != "dot":
+            d_normed += d_residual * scale[None, :]
+            d_scale += tl.sum(d_residual * normed, 0)
         d_last = project(d_normed, normed, D) * rstd[:, None] + normed * d_rstd[:, None]
-        return d_error, d_last, d_scale
+        return d_residual, d_last, d_scale, d_threshold
     else:
-        return d_delta, d_delta, tl.zeros([D], tl.float32)
+        d_residual, d_threshold = residual_backward(d_delta, residual, threshold, BIAS)
+        return d_residual, d_residual, tl.zeros([D], tl.float32), d_threshold
 
 
 @triton.jit
-def error_down(d_v_ptr, j, begin, length, place, h, norm_ptr, d_norm, small, wide, H: tl.constexpr, D: tl.constexpr,
-               F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
-               DT: tl.constexpr):  # fmt: skip
-    """From the gradient of Δ of the last layer to those of V, of the last layer's output and of the norm, and to what
-    the error adds to that of K; 16 tokens at a time, for it takes many tiles at once."""
+def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place, h, norm_ptr, d_norm, small, wide,
+               H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
+               RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr):  # fmt: skip
+    """From the gradient of Δ of the last layer to those of V, of the last layer's output, of the norm and of huber's
+    thresholds, and to what the error adds to that of K; 16 tokens at a time, for it takes many tiles at once."""
     _, _, lasts, _, _, _, _ = small_parts(small, C, D)
-    _, units, errors, d_deltas, d_keys, _, _, rstds = wide_parts(wide, C, D, F)
+    _, units, residuals, d_deltas, d_keys, _, _, rstds = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     scale = load_norm(norm_ptr, h, D, NORM)
     d_norms = tl.zeros([D], tl.float32)
     for start in tl.range(0, C, 16, disable_licm=True):
         i = start + tl.arange(0, 16)
         at = i[:, None] * D + d[None, :]
-        d_error, d_last, d_scale = error_backward(
-            tl.load(d_deltas + at), tl.load(units + at), tl.load(rstds + i), tl.load(errors + at), scale, D, NORM, DOT
-        )
+        thresholds = tl.zeros([16], tl.float32)
+        if BIAS[0] == "huber":
+            t = j * C + i - place
+            gate = (begin + t).to(tl.int64) * H + h
+            thresholds = tl.load(threshold_ptr + gate, mask=(t >= 0) & (t < length), other=0.0)
+        d_residual, d_last, d_scale, d_threshold = error_backward(
+            tl.load(d_deltas + at), tl.load(units + at), tl.load(rstds + i), tl.load(residuals + at), scale,
+            thresholds[:, None], D, NORM, BIAS,
+        )  # fmt: skip
         d_norms += d_scale
         tl.store(lasts + at, d_last.to(DT))
         t = j * C + i - place
         tok = ((begin + t).to(tl.int64) * H + h) * D
         valid = (t >= 0) & (t < length)
-        tl.store(d_v_ptr + tok[:, None] + d[None, :], (-d_error).to(DT), mask=valid[:, None])
-        if RESIDUAL and not DOT:
-            tl.store(d_keys + at, tl.load(d_keys + at) + d_error)
+        tl.store(d_v_ptr + tok[:, None] + d[None, :], (-d_residual).to(DT), mask=valid[:, None])
+        if BIAS[0] == "huber":
+            tl.store(d_threshold_ptr + (tok // D)[:, None], d_threshold, mask=valid[:, None])
+        if RESIDUAL and BIAS[0] != "dot":
+            tl.store(d_keys + at, tl.load(d_keys + at) + d_residual)
     if NORM:
         tl.store(d_norm + d, d_norms)
 

@@ -10,15 +10,22 @@ from ..launch import Pairs
 from .spec import MemorySpec
 from .state import state_names
 
+#: What follows the name of the bias lp in the constant ``BIAS``: p, ν and ε.
+LP = ("lp_power", "lp_sharpness", "lp_smoothing")
+#: The gates that a memory may have beside its step.
+GATES = ("log_retain", "log_momentum", "delta")
+
 
 def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
     """The memory that a kernel's constants compute; what it is not built for, it has as usual."""
+    bias = constants["BIAS"]
     return MemorySpec(
         network="mlp" if constants["DEEP"] else "linear",
         expansion=constants["F"] // constants["D"],
         norm=constants["NORM"],
         residual=constants["RESIDUAL"],
-        bias="dot" if constants["DOT"] else "l2",
+        bias=bias[0],
+        **dict(zip(LP, bias[1:], strict=False)),
         retention="l2" if constants.get("RETENTION", True) else "none",
         rule="momentum" if constants["MOMENTUM"] else "gd",
         chunk_size=constants["CHUNK"],
@@ -53,6 +60,7 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
         "step": uniform(0.1, 1.0, *shape) / spec.chunk_size,
         "log_retain": uniform(-0.1, -0.001, *shape) if spec.retention == "l2" else None,
         "log_momentum": uniform(-2.0, -0.2, *shape) if spec.has_momentum else None,
+        "delta": uniform(0.5, 2.0, *shape) if spec.bias == "huber" else None,
         "weights": [torch.randn(s, generator=generator).to(device) * s[1] ** -0.5 for s in shapes],
         "norm": uniform(0.5, 1.5, heads, width) if spec.norm else None,
         "spec": spec,
@@ -68,7 +76,7 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(x, Tensor) and name not in ("norm", "cu_seqlens")
         }
         rest: dict[str, Any] = {"weights": given["weights"], "norm": given["norm"], "spec": spec}
-        none: dict[str, Any] = {name: None for name in ("log_retain", "log_momentum") if given[name] is None}
+        none: dict[str, Any] = {name: None for name in GATES if given[name] is None}
         with torch.no_grad():
             given["state"] = neural_memory(**few, **rest, **none, return_state=True, backend="torch")[1]
     return given
@@ -84,7 +92,7 @@ def _leaves(given: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], 
 
     for name in ("q", "k", "v"):
         out[name] = leaf(given[name], dtype)
-    for name in ("step", "log_retain", "log_momentum", "norm"):
+    for name in ("step", *GATES, "norm"):
         out[name] = None if given[name] is None else leaf(given[name], torch.float32)
     out["weights"] = [leaf(w, torch.float32) for w in given["weights"]]
     if "state" in given:
@@ -128,7 +136,7 @@ def backward_pairs(constants: Mapping[str, Any]) -> Pairs:
 def decode_pairs(constants: Mapping[str, Any]) -> Pairs:
     """Output and state of one token, the last of its chunk."""
     given = problem({**constants, "STATE": True, "PACKED": False, "EVERY": 1})
-    for name in ("q", "k", "v", "step", "log_retain", "log_momentum"):
+    for name in ("q", "k", "v", "step", *GATES):
         given[name] = None if given[name] is None else given[name][:, :1]
     given["state"]["position"] = torch.full_like(given["state"]["position"], constants["CHUNK"] - 1)
     return pairs(given, constants, keep=False)

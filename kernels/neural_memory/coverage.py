@@ -7,7 +7,7 @@ from .spec import MemorySpec
 #: Choices of a memory that there are kernels for.
 COVERED: dict[str, tuple[object, ...]] = {
     "network": ("linear", "mlp"),
-    "bias": ("l2", "dot"),
+    "bias": ("l2", "dot", "lp", "huber"),
     "retention": ("l2", "none"),
     "rule": ("gd", "momentum"),
     "window": (1,),

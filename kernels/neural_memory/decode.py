@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Kernel
+from .biases import error_of
 from .canary import decode_pairs
 from .forward import constants_of
 from .spec import MemorySpec
@@ -46,11 +47,11 @@ def written(layer, at, gradient, theta, retain, momentum, ended, MOMENTUM: tl.co
 
 @triton.jit(do_not_specialize=["zero"])
 def neural_memory_decode(
-    q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, norm_ptr, position_ptr, w1_ptr, s1_ptr, u1_ptr, w2_ptr,
-    s2_ptr, u2_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2, zero, H: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, CHUNK: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    DOT: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, DT: tl.constexpr,
-    BF: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, threshold_ptr, norm_ptr, position_ptr, w1_ptr, s1_ptr,
+    u1_ptr, w2_ptr, s2_ptr, u2_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2, zero, H: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr,
+    DT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of each layer, a linear memory's as its second."""
     row = tl.program_id(0).to(tl.int64)
@@ -86,10 +87,14 @@ def neural_memory_decode(
     if NORM:
         unit, rstd = row_unit(out, D)
         out = unit * scale
-    if not DOT:
+    if BIAS[0] != "dot":
         delta += out
         if RESIDUAL:
             delta += k
+    threshold = tl.zeros([1], tl.float32)
+    if BIAS[0] == "huber":
+        threshold += tl.load(threshold_ptr + row)
+    delta = error_of(delta, threshold, BIAS)
     if NORM:
         delta = delta * scale
         delta = rstd * (delta - tl.sum(delta, 0) / D - unit * (tl.sum(delta * unit, 0) / D))
@@ -140,7 +145,7 @@ def run_decode(
 ) -> list[Tensor]:
     """What the operator returns: o [N, 1, H, D], the state's tensors after one token of each row,
     and the position."""
-    q, k, v, step, log_retain, log_momentum = (None if x is None else x.contiguous() for x in tokens)
+    q, k, v, step, log_retain, log_momentum, delta = (None if x is None else x.contiguous() for x in tokens)
     assert q is not None and k is not None and v is not None and step is not None
     constants = constants_of(q, weights, True, False, False, spec)
     o, new = torch.empty_like(v), [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in state]
@@ -151,6 +156,7 @@ def run_decode(
         "theta_ptr": step,
         "retain_ptr": step if log_retain is None else log_retain,
         "momentum_ptr": step if log_momentum is None else log_momentum,
+        "threshold_ptr": step if delta is None else delta,
         "norm_ptr": q if norm is None else norm.contiguous(),
         "position_ptr": position,
         "o_ptr": o,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Kernel, Pairs, precision
-from .canary import backward_pairs, forward_pairs
+from .canary import LP, backward_pairs, forward_pairs
 from .cost import kept_slots, segment_chunks
 from .gate_kernels import run_gates
 from .reads import neural_memory_reads
@@ -42,7 +42,7 @@ def constants_of(
         "DEEP": spec.layers == 2,
         "NORM": spec.norm,
         "RESIDUAL": spec.residual,
-        "DOT": spec.bias == "dot",
+        "BIAS": (spec.bias, *(getattr(spec, name) for name in LP if spec.bias == "lp")),
         "RETENTION": spec.retention == "l2",
         "MOMENTUM": spec.has_momentum,
         "LATE": not spec.read_after_write,
@@ -155,7 +155,7 @@ def run_forward(
 ) -> list[Tensor]:
     """What the operator returns: o, the state's tensors after the call, the position, and W and S every EVERY chunks
     (none unless ``keep``)."""
-    q, k, v, step, log_retain, log_momentum = (None if x is None else x.contiguous() for x in tokens)
+    q, k, v, step, log_retain, log_momentum, delta = (None if x is None else x.contiguous() for x in tokens)
     assert q is not None and k is not None and v is not None and step is not None
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     constants = constants_of(q, weights, bool(state), cu_seqlens is not None, False, spec)
@@ -172,6 +172,7 @@ def run_forward(
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
+        "threshold_ptr": step if delta is None else delta,
         "write_ptr": write,
         "vectors_ptr": vectors,
         "ends_ptr": ends,

@@ -125,7 +125,7 @@ def neural_memory_op(
         from .decode import run_decode
         from .forward import run_forward
 
-        tokens = q, k, v, step, log_retain, log_momentum
+        tokens = q, k, v, step, log_retain, log_momentum, delta
         if q.shape[1] == 1 and position is not None and cu_seqlens is None and not keep:
             return run_decode(tokens, weights, norm, state, position, what)
         return run_forward(tokens, weights, norm, state, position, cu_seqlens, what, keep)
@@ -216,8 +216,9 @@ def neural_memory_backward_op(
     if triton:
         from .backward import run_backward
 
-        found = run_backward(grad_o, grad_state, inputs, weights, norm, state, position, cu_seqlens, kept, what)
-        found = [*found[: len(inputs)], None, None, *found[len(inputs) :]]
+        tokens = *inputs, delta
+        found = run_backward(grad_o, grad_state, tokens, weights, norm, state, position, cu_seqlens, kept, what)
+        found.insert(len(inputs), None)  # gamma's
         return [absent(weights[0]) if x is None else x for x in found]
     if not what.derived_by_hand:
         generic = replay.GenericCall((*inputs, gamma, delta), weights, norm, state, position, cu_seqlens, what)

@@ -34,6 +34,7 @@ def call(
         weights=weights,
         spec=spec,
         norm=new(heads, width) if spec.norm else None,
+        delta=new(*shape) if spec.bias == "huber" else None,
         state=neural_memory_state(weights, batch, spec) if packed or decode else None,
         cu_seqlens=torch.arange(0, batch * length + 1, length, dtype=torch.int32) if packed else None,
         return_state=decode,
@@ -104,4 +105,13 @@ VARIANTS: dict[str, Callable[[], None]] = {
         chunk_size=16,
         read_after_write=False,
     ),
+    # Other biases, each with both networks, of wide heads and others.
+    "mlp_f256_c64_huber_packed_bf16": plan(packed=True, bias="huber"),
+    "mlp_d128_f128_c64_huber_plain_gd_bf16": plan(width=128, expansion=1, bias="huber", norm=False, rule="gd"),
+    "linear_d32_c16_norm_huber_gd_late_bf16": plan(
+        width=32, network="linear", bias="huber", norm=True, rule="gd", chunk_size=16, read_after_write=False
+    ),
+    "mlp_f64_c32_lp_bf16": plan(expansion=1, bias="lp", chunk_size=32),
+    "mlp_d128_f512_c64_lp_gd_packed_bf16": plan(width=128, packed=True, bias="lp", lp_power=2.5, rule="gd"),
+    "linear_c64_lp_bf16": plan(network="linear", bias="lp"),
 }

@@ -11,6 +11,7 @@ A linear memory is the last layer alone: its hidden vector is the key, or the qu
 import triton
 import triton.language as tl
 
+from .biases import error_of, load_thresholds
 from .tiles import (
     anchor_of,
     begin_state,
@@ -37,14 +38,14 @@ from .tiles import (
 
 
 @triton.jit
-def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
-               BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
-               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The keys' pass at the anchor: ẑ and 1/std of the last layer, the error e, and Δ of the last layer."""
+def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, thresholds, zero, D: tl.constexpr, F: tl.constexpr,
+               C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+               BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The keys' pass at the anchor: ẑ and 1/std of the last layer, the residual r, and Δ of the last layer."""
     u1, u2 = anchor
     d = tl.arange(0, D)
     last = tl.zeros([C, D], tl.float32)
-    if NORM or not DOT:
+    if NORM or BIAS[0] != "dot":
         k = token_rows(k_ptr, tok, valid, d)
         for start in tl.range(0, F + zero, BF, disable_licm=True):
             f = start + tl.arange(0, BF)
@@ -53,22 +54,22 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, zero, D: tl.constexpr, F
             else:
                 hidden = token_rows(k_ptr, tok, valid, f)
             last += product(hidden, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
-    error = -token_rows(v_ptr, tok, valid, d).to(tl.float32)
+    residual = -token_rows(v_ptr, tok, valid, d).to(tl.float32)
     normed = last
     rstd = tl.zeros([C], tl.float32)
     if NORM:
         normed, rstd = normalised(last, D)
-    if not DOT:
+    if BIAS[0] != "dot":
         if NORM:
-            error += normed * scale[None, :]
+            residual += normed * scale[None, :]
         else:
-            error += last
+            residual += last
         if RESIDUAL:
-            error += token_rows(k_ptr, tok, valid, d).to(tl.float32)
-    delta = error
+            residual += token_rows(k_ptr, tok, valid, d).to(tl.float32)
+    delta = error_of(residual, thresholds[:, None], BIAS)
     if NORM:
-        delta = project(error * scale[None, :], normed, D) * rstd[:, None]
-    return normed, rstd, error, delta
+        delta = project(delta * scale[None, :], normed, D) * rstd[:, None]
+    return normed, rstd, residual, delta
 
 
 @triton.jit
@@ -141,11 +142,11 @@ def begin_segment(states, start_ptr, kept_ptr, segment, n, h, slots, zero, H: tl
 
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_states(
-    k_ptr, v_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, kept_ptr, state_ptr, states_ptr,
-    small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
-    C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    DOT: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    k_ptr, v_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, kept_ptr, state_ptr,
+    states_ptr, small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """W and S with which each step of a segment begins, ``states`` [N, H, steps, ·], and Δ of its last layer, in
     ``small``. ``start``: the state before the call, or W_0 of each layer [H, ·]; ``kept``: W and S every EVERY chunks,
@@ -192,15 +193,16 @@ def neural_memory_states(
         slot = step_slot(j, n, begin, place, C) * H + h
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
-        normed, rstd, error, delta = inner_pass(
-            k_ptr, v_ptr, tok, valid, anchor, scale, zero, D, F, C, BF, DEEP, NORM, RESIDUAL, DOT, DT, PRECISION
-        )
+        normed, rstd, residual, delta = inner_pass(
+            k_ptr, v_ptr, tok, valid, anchor, scale, load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero, D, F,
+            C, BF, DEEP, NORM, RESIDUAL, BIAS, DT, PRECISION,
+        )  # fmt: skip
         at = program * STEPS + j - segment * STEPS
         tl.store(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0], delta.to(DT))
         if GRAD:
-            _, units, errors, _, _, _, _, rstds = wide_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C, D, F)
+            _, units, residuals, _, _, _, _, rstds = wide_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C, D, F)
             tl.store(tall(units, C, D)[0], normed)
-            tl.store(tall(errors, C, D)[0], error)
+            tl.store(tall(residuals, C, D)[0], residual)
             tl.store(rstds + tl.arange(0, C), rstd)
         if (j < after - 1) | (not GRAD):
             update_pass(

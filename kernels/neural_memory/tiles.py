@@ -267,7 +267,7 @@ def hidden_parts(small, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def wide_parts(wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
-    """In float32: h h_Kᵀ of the last layer [C, C]; ẑ, the error, the gradient of Δ and that of K [C, D];
+    """In float32: h h_Kᵀ of the last layer [C, C]; ẑ, the residual, the gradient of Δ and that of K [C, D];
     pre-activations of keys and queries [C, F]; 1/std [C]."""
     tiles = wide + C * C
     hidden = tiles + 4 * C * D
