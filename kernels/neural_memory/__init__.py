@@ -54,7 +54,8 @@ def neural_memory(
         q: queries [B, T, H, D], float16, bfloat16, float32 or float64.
         k: keys [B, T, H, D], dtype of q.
         v: values [B, T, H, D_v], dtype of q; D_v = D where the network has a residual.
-        step: θ ≥ 0, the step size, [B, T, H], float32 (float64 with float64 q).
+        step: θ ≥ 0, the step size, [B, T, H], float32 (float64 with float64 q). With ``spec.gates`` "channel" this gate
+            and the two below are [B, T, H, D_v].
         log_retain: log a ≤ 0, [B, T, H]; None exactly when ``spec.retention`` is "none" or "norm". Finite.
         log_momentum: log η ≤ 0, [B, T, H]; None exactly when ``spec.rule`` is "gd" or "muon_gd". Finite.
         weights: W_0 of each layer, [H, in, out] (``spec.weight_shapes``), shared by all rows; for the retentions lq and
@@ -160,7 +161,7 @@ def _check(
     step = gates["step"]
     check.require(isinstance(step, Tensor), "step", type(step).__name__, "be a tensor [B, T, H]")
     check.shape("v", v, [b, t, h, d if spec.residual else None], "[B, T, H, D_v]")
-    _check_gates(gates, [b, t, h], kind, spec)
+    _check_gates(gates, [b, t, h, v.shape[-1]], kind, spec)
     for name, x in (("k", k), ("v", v)):
         check.dtype(name, x, (q.dtype,))
     _check_weights(weights, norm, spec, h, d, v.shape[-1])
@@ -190,7 +191,8 @@ def _check_gates(gates: dict[str, Tensor | None], shape: list[int], kind: torch.
         check.require((given is not None) == wanted, name, _presence(given), must)
     for name, gate in gates.items():
         if gate is not None:
-            check.shape(name, gate, shape, "[B, T, H]")
+            wide = spec.gates == "channel" and name not in ("gamma", "delta")
+            check.shape(name, gate, shape if wide else shape[:3], "[B, T, H, D_v]" if wide else "[B, T, H]")
             check.dtype(name, gate, (kind,))
 
 

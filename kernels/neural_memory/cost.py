@@ -13,7 +13,8 @@ def matmul_flops(tokens: int, heads: int, widths: Sequence[tuple[int, int]], spe
     Per token and matrix, with n the tokens of a step (a chunk's C, or ``ns_every``) and c the window: the key's pass
     x W, δ Wᵀ where an earlier layer needs it, and the updates of W and S, all (n + c − 1) / n times, for the halo's
     keys are taken again; the query's x W and x S, with kl its x (F(U) − U); its products with the step's X and Δ, the
-    causal half of n and the halo. With muon neither reads nor W see these; a step ends in a Newton-Schulz iteration.
+    causal half of n and the halo, and where gates are of channels that with Δ for W and for S. With muon neither reads
+    nor W see these; a step ends in a Newton-Schulz iteration.
     """
     n, halo = spec.step_size, spec.window - 1
     sees = not spec.orthogonal
@@ -24,7 +25,8 @@ def matmul_flops(tokens: int, heads: int, widths: Sequence[tuple[int, int]], spe
         back = i == 1 if spec.network == "gated_mlp" else i > 0
         total += 2 * a * b * ((1 + back + updates) * (n + halo) + reads * n)
         if sees:
-            total += n * (a + b) * (n + 1 + 2 * halo)
+            twice = spec.gates == "channel" and spec.has_momentum and i == spec.last
+            total += n * (a + b * (1 + twice)) * (n + 1 + 2 * halo)
         else:
             total += newton_schulz_cost((a, b), spec.ns_steps).flops
     return tokens * heads * total // n
@@ -36,9 +38,10 @@ def halo_numbers(key_dim: int, value_dim: int, spec: MemorySpec) -> int:
     return (spec.window - 1) * (key_dim + value_dim + gates)
 
 
-def gate_numbers(spec: MemorySpec) -> int:
+def gate_numbers(value_dim: int, spec: MemorySpec) -> int:
     """Gates of a token and head."""
-    return 1 + spec.retention_gate + spec.momentum_gate + (spec.window > 1) + (spec.bias == "huber")
+    width = value_dim if spec.gates == "channel" else 1
+    return width * (1 + spec.retention_gate + spec.momentum_gate) + (spec.window > 1) + (spec.bias == "huber")
 
 
 def cost(
@@ -59,7 +62,7 @@ def cost(
     """
     shapes = spec.weight_shapes(heads, key_dim, value_dim)
     flops = matmul_flops(batch * length, heads, [(a, b) for _, a, b in shapes], spec)
-    per_token = (2 * key_dim + 2 * value_dim) * itemsize + 4 * gate_numbers(spec)
+    per_token = (2 * key_dim + 2 * value_dim) * itemsize + 4 * gate_numbers(value_dim, spec)
     state = 4 * sum(h * a * b for h, a, b in shapes) * (2 if spec.has_momentum else 1)
     state += 4 * heads * halo_numbers(key_dim, value_dim, spec)
     moved = batch * length * heads * per_token + 2 * batch * state
@@ -72,8 +75,7 @@ def kept_numbers(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
     matrices = sum(a * b for a, b in widths)
     if spec.derived_by_hand:
         return matrices * copies
-    last = widths[1 if spec.network == "gated_mlp" else -1][1]
-    return matrices * (copies + 1) + halo_numbers(widths[0][0], last, spec)
+    return matrices * (copies + 1) + halo_numbers(widths[0][0], widths[spec.last][1], spec)
 
 
 def segment_chunks(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
@@ -99,6 +101,6 @@ def training_bytes_per_token(heads: int, key_dim: int, value_dim: int, spec: Mem
     (the replay of one segment, the weights' gradients) is not in it, nor are the inputs themselves.
     """
     widths = [(a, b) for _, a, b in spec.weight_shapes(heads, key_dim, value_dim)]
-    tokens = 2 * value_dim + 2 * (2 * key_dim + value_dim + gate_numbers(spec)) + value_dim
+    tokens = 2 * value_dim + 2 * (2 * key_dim + value_dim + gate_numbers(value_dim, spec)) + value_dim
     state = kept_numbers(spec, widths)
     return 4.0 * heads * (tokens + state / (spec.step_size * segment_chunks(spec, widths)))

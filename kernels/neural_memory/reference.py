@@ -6,6 +6,9 @@ input's accumulations (float64 in, float64 throughout).
     D_t = a_t D_{t-1} + S_t      S_t = η_t S_{t-1} − θ_t Σ_{t−c<i≤t} γ_i ∇_W ℓ(M(k_i; W), v_i) at the chunk's first W
 
 W is D, or what ``spec.retention`` makes of it. What a state calls its anchor is D at the chunk's start.
+
+Gates of channels are of the columns of the last matrix; those before it take the geometric means of a and η, and the
+mean of θ.
 """
 
 from itertools import pairwise
@@ -114,10 +117,21 @@ def _orthogonal(momentum: Tensor, spec: MemorySpec) -> Tensor:
     return newton_schulz(flat, spec.ns_steps, 3.4445, -4.7750, 2.0315, 1e-7).unflatten(0, momentum.shape[:2])
 
 
+def _gates_of_matrix(tokens: dict[str, Tensor], t: int, i: int, spec: MemorySpec) -> list[Tensor]:
+    """η, θ and a of token t for the i-th matrix, [N, H, 1, 1]; of channels [N, H, 1, D_v] for the last."""
+    names = ["momentum", "step", "retain"]
+    if spec.gates == "channel" and i == spec.last:
+        return [tokens[name][:, t, :, None, :] for name in names]
+    if spec.gates == "channel":
+        names = [f"mean_{name}" for name in names]
+    return [tokens[name][:, t, :, None, None] for name in names]
+
+
 def _run(
     tokens: dict[str, Tensor], norm: Tensor | None, state: dict[str, Tensor], spec: MemorySpec
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The recurrence over dense rows: q, k, v [N, T, H, D]; step, a, η, γ, δ [N, T, H]."""
+    """The recurrence over dense rows: q, k, v [N, T, H, D]; step, a, η [N, T, H], of channels [N, T, H, D_v] and their
+    means [N, T, H]; γ, δ [N, T, H]."""
     n, names = spec.layers, halo_names(spec)
     anchor = [state[f"anchor.{i}"] for i in range(n)]
     dual = [_accumulated(state[f"weights.{i}"], anchor[i], spec) for i in range(n)]
@@ -127,12 +141,13 @@ def _run(
     seen |= {name: torch.cat([state[f"halo.{name}"], seen[name]], 1) for name in names}
     position, outputs = state["position"], []
     for t in range(tokens["q"].shape[1]):
-        before = dual
+        before = list(dual)
         window = {name: seen[name][:, t : t + spec.window].movedim(1, 0) for name in seen}
         gradient = _inner_gradient(window, [_weights(u, spec) for u in anchor], norm, spec)
-        eta, theta, a = (tokens[name][:, t, :, None, None] for name in ("momentum", "step", "retain"))
-        velocity = [eta * s - theta * g for s, g in zip(velocity, gradient, strict=True)]
-        dual = [a * d if spec.orthogonal else a * d + s for d, s in zip(dual, velocity, strict=True)]
+        for i in range(n):
+            eta, theta, a = _gates_of_matrix(tokens, t, i, spec)
+            velocity[i] = eta * velocity[i] - theta * gradient[i]
+            dual[i] = a * dual[i] if spec.orthogonal else a * dual[i] + velocity[i]
         now = dual if spec.read_after_write else before
         read = [_running(d, u, spec) for d, u in zip(now, anchor, strict=True)]
         outputs.append(network(tokens["q"][:, t], read, norm, spec))
@@ -174,6 +189,10 @@ def neural_memory(
     still = torch.ones_like(step) if spec.rule == "muon_gd" else torch.zeros_like(step)
     momentum = still if log_momentum is None else log_momentum.exp()
     given = {"q": q, "k": k, "v": v, "step": step, "retain": retain, "momentum": momentum}
+    if spec.gates == "channel":
+        given["mean_step"] = step.mean(-1)
+        given["mean_retain"] = retain.mean(-1) if log_retain is None else log_retain.mean(-1).exp()
+        given["mean_momentum"] = momentum.mean(-1) if log_momentum is None else log_momentum.mean(-1).exp()
     given |= {name: x for name, x in (("gamma", gamma), ("delta", delta)) if x is not None}
     tokens = {name: x.to(kind) for name, x in given.items()}
     scale = None if norm is None else norm.to(kind)

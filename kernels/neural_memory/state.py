@@ -51,8 +51,7 @@ def state_names(spec: MemorySpec) -> list[str]:
 def halo_shapes(weights: Sequence[Tensor], spec: MemorySpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the halo's tensors without the leading N, from those of W_0 [H, in, out]."""
     heads, width = weights[0].shape[0], weights[0].shape[-2]
-    last = weights[1 if spec.network == "gated_mlp" else -1].shape[-1]
-    own = {"k": (width,), "v": (last,), "gamma": (), "delta": ()}
+    own = {"k": (width,), "v": (weights[spec.last].shape[-1],), "gamma": (), "delta": ()}
     return {name: (spec.window - 1, heads, *own[name]) for name in halo_names(spec)}
 
 

@@ -5,6 +5,7 @@ values (``harness.py``) is asked of two memories that have between them all that
 """
 
 import random
+import re
 from dataclasses import replace
 from functools import cache, partial
 from itertools import combinations, product
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases_neural_memory import NORM_EXACT, NORM_SINGLE, costs, make
+from cases_neural_memory import NORM_EXACT, NORM_SINGLE, WIDTH, costs, make
 from harness import (
     EXACT,
     Draw,
@@ -29,12 +30,17 @@ from harness import (
     check_split,
     check_unseen,
     error,
+    leaves,
     outputs_and_gradients,
+    to_dtype,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from palimpsest.kernels import MemorySpec, neural_memory, neural_memory_read, neural_memory_state
 from palimpsest.kernels.neural_memory.cost import matmul_flops
-from palimpsest.kernels.neural_memory.spec import BIASES, RETENTIONS, RULES
+from palimpsest.kernels.neural_memory.generic import Carry, Tokens, step_forward
+from palimpsest.kernels.neural_memory.spec import BIASES, GATES, RETENTIONS, RULES
 
 CHUNK, LENGTH = 4, 6
 BORDERS = torch.tensor([0, 1, 1, 6], dtype=torch.int32)  # packed: one document is empty, another crosses chunks
@@ -50,6 +56,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "window": (1, 2, 6),
     "read_after_write": (True, False),
     "ns_every": (None, 2),
+    "gates": GATES,
     "packed": (False, True),
     "warm": (False, True),
 }
@@ -61,7 +68,14 @@ BOTH = {
         "gated_mlp", expansion=2, bias="huber", retention="norm", rule="muon", chunk_size=CHUNK, ns_every=2, window=2
     ),
     "linear_lp_kl": MemorySpec(
-        "linear", norm=True, bias="lp", retention="kl", chunk_size=CHUNK, read_after_write=False, window=6
+        "linear",
+        norm=True,
+        bias="lp",
+        retention="kl",
+        chunk_size=CHUNK,
+        read_after_write=False,
+        window=6,
+        gates="channel",
     ),
 }
 both = pytest.mark.parametrize("spec", BOTH.values(), ids=BOTH)
@@ -109,6 +123,15 @@ def array() -> list[dict[str, Any]]:
     return rows
 
 
+def given(draw: Draw, batch: int, length: int, *, spec: MemorySpec, heads: int = 2) -> dict[str, Any]:
+    """Arguments of the operation; gates of channels are unlike each other."""
+    found = make(draw, batch, length, spec=spec, heads=heads)
+    for name in ("step", "log_retain", "log_momentum"):
+        if spec.gates == "channel" and (gate := found[name]) is not None:
+            found[name] = gate.unsqueeze(-1) * draw.uniform(0.3, 1.7, *gate.shape, WIDTH, dtype=gate.dtype)
+    return found
+
+
 def case_of(spec: MemorySpec, heads: int = 1) -> OperationCase:
     """A case of the operation with a memory."""
     # Of kl all weights are positive: the differences that a loss sees cancel, as in a LayerNorm.
@@ -117,7 +140,7 @@ def case_of(spec: MemorySpec, heads: int = 1) -> OperationCase:
         name="neural_memory",
         operation="neural_memory",
         call=neural_memory,
-        make=partial(make, spec=spec, heads=heads),
+        make=partial(given, spec=spec, heads=heads),
         tokens=("q", "k", "v", "step", "log_retain", "log_momentum", "gamma", "delta"),
         state=True,
         packed=True,
@@ -207,10 +230,12 @@ def test_flops_are_those_of_the_products() -> None:
     products = 3 * (2 * 32 * (3 + 2 + 3)) + 2 * 32 * 3
     squares = 3 * 5 * (4 * 4**2 * 8 + 2 * 4**3)
     assert matmul_flops(2, 1, widths, gated) == products + squares
-    # A linear memory, nine keys for a step of four: x W, W's update, S's; of four queries x W, x S and kl's.
+    # A linear memory, nine keys for a step of four: x W, W's update, S's; of four queries x W, x S and kl's. Of their
+    # 10 + 20 pairs the product, and with Δ one for W and one for S; of a head's gates one for both.
     linear = BOTH["linear_lp_kl"]
-    triangle = 4 * 8 * (4 + 1 + 2 * 5)
-    assert matmul_flops(4, 1, [(4, 4)], linear) == 2 * 16 * (3 * 9 + 3 * 4) + triangle
+    products = 2 * 16 * (3 * 9 + 3 * 4)
+    assert matmul_flops(4, 1, [(4, 4)], linear) == products + 2 * (10 + 20) * (4 + 4 + 4)
+    assert matmul_flops(4, 1, [(4, 4)], replace(linear, gates="head")) == products + 2 * (10 + 20) * (4 + 4)
 
 
 @pytest.mark.parametrize("retention", ["lq", "kl"])
@@ -263,6 +288,98 @@ def test_norms_are_kept(rule: str) -> None:
     for i, start in enumerate(given["weights"]):
         assert not torch.allclose(state[f"weights.{i}"], start.expand(2, -1, -1, -1))
         assert error(state[f"weights.{i}"].norm(dim=-2), start.norm(dim=-2).expand(2, -1, -1)) <= EXACT
+
+
+#: Steps of more than two rounds of halves: one of every slot's own gates, one of a window that crosses steps.
+LONG = {
+    "gated_gd": MemorySpec("gated_mlp", expansion=1, rule="gd", chunk_size=16, gates="channel"),
+    "deep_window": MemorySpec(
+        depth=3, expansion=1, retention="lq", chunk_size=16, window=5, read_after_write=False, gates="channel"
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", LONG.values(), ids=LONG)
+def test_long_steps_of_channels(spec: MemorySpec) -> None:
+    """Halves of 8 slots, documents that begin and end inside a step, and states of 11 tokens."""
+    case = replace(case_of(spec), block=20)
+    check_equals_reference(case, "torch", torch.float64, 29, packed=True, warm=True)
+
+
+@pytest.mark.parametrize("network", ["linear", "mlp", "gated_mlp"])
+def test_channels_that_are_alike_are_a_head(network: str) -> None:
+    """Of the memories with a backward of their own, and of the others: values, states and gradients."""
+    spec = MemorySpec(network, expansion=2, chunk_size=CHUNK)
+    case = case_of(spec)
+    arguments = case.arguments(0, torch.float64, 2, LENGTH)
+    wanted, gradients = outputs_and_gradients(case, arguments, "torch")
+    wide = dict(arguments, spec=replace(spec, gates="channel"))
+    for name in ("step", "log_retain", "log_momentum"):
+        wide[name] = arguments[name].unsqueeze(-1).expand(*arguments[name].shape, WIDTH)
+    found, of_channels = outputs_and_gradients(case, wide, "torch")
+    assert_close(found, wanted, NORM_EXACT, "values")
+    together = [x.sum(-1) if x.dim() == 4 and y.dim() == 3 else x for x, y in zip(of_channels, gradients, strict=True)]
+    assert_close(together, gradients, NORM_EXACT, "gradients")
+
+
+@pytest.mark.parametrize("size", [0.0, -1e-3, -300.0])
+def test_gates_of_channels_at_their_ends(size: float) -> None:
+    """Channels that keep all beside others that keep nothing, e^-300 being 0 in float32: no quotient, no overflow."""
+    spec = MemorySpec("linear", bias="dot", chunk_size=16, gates="channel")
+    arguments = given(Draw(0, torch.float32), 1, 20, spec=spec)
+    for name in ("log_retain", "log_momentum"):
+        arguments[name] = torch.zeros_like(arguments[name])
+        arguments[name][..., ::2] = size
+        arguments[name][:, 7] = 0.0
+    case = case_of(spec)
+    found, gradients = outputs_and_gradients(case, arguments, "torch")
+    wanted, expected = outputs_and_gradients(case, to_dtype(arguments, torch.float64), "reference")
+    assert_close(found, wanted, NORM_SINGLE, "values")
+    assert_close(gradients, expected, NORM_SINGLE, "gradients")
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps the size of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *made])
+        return out
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_no_tensor_has_channels_of_every_pair_of_tokens(window: int) -> None:
+    """Forward and backward of a chunk of n tokens make none of more than 2 (n + c − 1) n numbers."""
+    n, spec = 32, MemorySpec("linear", chunk_size=32, window=window, gates="channel")
+    arguments = leaves(given(Draw(0, torch.float32), 1, n, spec=spec, heads=1))
+    tokens, empty = [arguments[name][0].transpose(0, 1) for name in ("q", "k", "v", "step", "log_retain")], None
+    carry = Carry(*([arguments["weights"][0]] for _ in range(3)), [])
+    gamma = None if window == 1 else torch.ones(1, n)
+    if window > 1:
+        carry.halo = [torch.zeros(1, window - 1, WIDTH)] * 2 + [torch.zeros(1, window - 1)]
+    momentum = arguments["log_momentum"][0].transpose(0, 1)
+    with Sizes() as sizes:
+        step = Tokens(*tokens, momentum, gamma, empty, empty, True, True)
+        step_forward(step, carry, None, spec)[0].sum().backward()
+    assert 0 < sizes.largest <= 2 * (n + window - 1) * n < n * n * WIDTH
+
+
+def test_gates_are_of_heads_or_channels() -> None:
+    with pytest.raises(ValueError, match="gates was 'row'; it must be one of head, channel"):
+        MemorySpec(gates="row")
+    spec = MemorySpec("linear", gates="channel")
+    assert MemorySpec.decode(spec.encode()) == spec and not spec.derived_by_hand
+    arguments = given(Draw(0, torch.float32), 2, 3, spec=spec)
+    for name, wrong in (("step", spec), ("log_momentum", spec), ("log_retain", replace(spec, gates="head"))):
+        told = "[B, T, H, D_v]" if wrong is spec else "[B, T, H]"
+        bad = arguments if wrong is not spec else arguments | {name: arguments[name][..., 0]}
+        with pytest.raises(ValueError, match=re.escape(told)):
+            neural_memory(**bad | {"spec": wrong})
 
 
 def test_is_an_operator() -> None:
