@@ -85,8 +85,10 @@ def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: in
     small, wide = workspace_sizes(c, d, f)
     size = end.shape[-1] // (3 if spec.has_momentum else 2)
     d_states = end.new_empty((2, *end.shape))
+    settled = end.shape[-1] - size + every * (d + f) if constants["SETTLE"][0] == "norm" else 1
     arguments = arguments | {
         "states_ptr": end.new_empty((rows, heads, steps, end.shape[-1] - size)),
+        "settled_ptr": end.new_empty((rows, heads, settled)),
         "small_ptr": q.new_empty((rows, heads, steps, small)),
         "wide_ptr": end.new_empty((rows, heads, steps, wide)),
         "zero_ptr": q.new_zeros(1, dtype=torch.int32),

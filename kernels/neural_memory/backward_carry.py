@@ -7,17 +7,42 @@ import triton
 import triton.language as tl
 
 from .backward_passes import error_down, first_update, keys_down, last_update, second_order
+from .retentions import scales_of, settle_backward, settled_numbers
 from .tiles import anchor_of, copy, fold, found_anew, segment_steps, sequence, step_offsets, workspace
 
 
 @triton.jit
+def unsettle(j, segment, program, length, place, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero,
+             D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
+             DEEP: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Back through the end of the chunk that step j completes."""
+    SIZE: tl.constexpr = D * F
+    LAYERS: tl.constexpr = 2 if DEEP else 1
+    PAIR: tl.constexpr = COPIES * SIZE
+    STEPS: tl.constexpr = EVERY * CHUNK // C
+    _, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
+    states = states_ptr + (program - segment) * STEPS * (LAYERS * PAIR)
+    u1, u2 = anchor_of(
+        states, start_ptr + program * (LAYERS * (PAIR + SIZE)), j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE
+    )
+    through = settled_ptr + program * settled_numbers(LAYERS * PAIR, EVERY, D, F)
+    weights = tl.where(j == after - 1, through, states + (j + 1) * (LAYERS * PAIR))
+    scales = scales_of(settled_ptr, program, j * C // CHUNK - segment * EVERY, LAYERS * PAIR, EVERY, D, F)
+    grads = d_before_ptr + program * (LAYERS * (PAIR + SIZE))
+    last = grads + (LAYERS - 1) * (PAIR + SIZE)
+    settle_backward(u2, weights + (LAYERS - 1) * PAIR, scales, last, last + PAIR, zero, F, D, BF, D)
+    if DEEP:
+        settle_backward(u1, weights, scales + D, grads, grads + PAIR, zero, D, F, D, BF)
+
+
+@triton.jit
 def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
-               position_ptr, cu_ptr, states_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr,
-               d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H: tl.constexpr, D: tl.constexpr,
+               position_ptr, cu_ptr, states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr,
+               d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H: tl.constexpr, D: tl.constexpr,
                F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr,
-               NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr,
-               STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-               BF: tl.constexpr):  # fmt: skip
+               NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr,
+               MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr,
+               PRECISION: tl.constexpr, BF: tl.constexpr):  # fmt: skip
     """One step: its passes, one after the other."""
     SIZE: tl.constexpr = D * F
     LAYERS: tl.constexpr = 2 if DEEP else 1
@@ -25,6 +50,15 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     PAIR: tl.constexpr = COPIES * SIZE
     WHOLE: tl.constexpr = PAIR + SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
+    HOLDS: tl.constexpr = C < CHUNK or SETTLE[0] == "norm"
+    if SETTLE[0] == "norm":
+        program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
+        if ((j + 1) * C % CHUNK == 0) & ((j + 1) * C <= place + length):
+            unsettle(
+                j, segment, program, length, place, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero, D, F, CHUNK,
+                C, EVERY, DEEP, COPIES, STATE, BF,
+            )  # fmt: skip
+            tl.debug_barrier()
     for part in tl.static_range(3):
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
@@ -84,7 +118,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     opens = ((j * C) % CHUNK == 0) & ((j > 0) | (not STATE))
-    if opens & ((C < CHUNK) | (j * C + CHUNK > place + length)):
+    if opens & (HOLDS | (j * C + CHUNK > place + length)):
         # Here the weights became an anchor that later steps, or the next call, held beside them.
         for layer in tl.static_range(LAYERS):
             grads = d_before_ptr + program * (LAYERS * WHOLE) + layer * WHOLE
@@ -123,11 +157,11 @@ def begin_carry(segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_carry(
     q_ptr, k_ptr, threshold_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, end_ptr,
-    states_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, d_after_ptr,
-    small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr,
+    d_after_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
+    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The steps of a segment, last to first. ``end``: gradients of the state after the call, with which a sequence's
     last segment begins; ``d_after``: those after any other; ``d_before``: those before the segment, and the running
@@ -144,7 +178,7 @@ def neural_memory_carry(
         if j >= first:
             carry_step(
                 j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
-                position_ptr, cu_ptr, states_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr,
-                d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C, EVERY, DEEP, NORM, RESIDUAL,
-                BIAS, MOMENTUM, STATE, PACKED, DT, PRECISION, BF,
+                position_ptr, cu_ptr, states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr,
+                d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C, EVERY, DEEP,
+                NORM, RESIDUAL, BIAS, SETTLE, MOMENTUM, STATE, PACKED, DT, PRECISION, BF,
             )  # fmt: skip

@@ -18,7 +18,7 @@ GATES = ("log_retain", "log_momentum", "delta")
 
 def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
     """The memory that a kernel's constants compute; what it is not built for, it has as usual."""
-    bias = constants["BIAS"]
+    bias, (settle, *_) = constants["BIAS"], constants["SETTLE"]
     return MemorySpec(
         network="mlp" if constants["DEEP"] else "linear",
         expansion=constants["F"] // constants["D"],
@@ -26,7 +26,7 @@ def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
         residual=constants["RESIDUAL"],
         bias=bias[0],
         **dict(zip(LP, bias[1:], strict=False)),
-        retention="l2" if constants.get("RETENTION", True) else "none",
+        retention=settle if settle != "none" else "l2" if constants.get("RETENTION", True) else "none",
         rule="momentum" if constants["MOMENTUM"] else "gd",
         chunk_size=constants["CHUNK"],
         read_after_write=not constants.get("LATE", False),
@@ -58,9 +58,9 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
         "k": torch.nn.functional.normalize(k, dim=-1),
         "v": v,
         "step": uniform(0.1, 1.0, *shape) / spec.chunk_size,
-        "log_retain": uniform(-0.1, -0.001, *shape) if spec.retention == "l2" else None,
-        "log_momentum": uniform(-2.0, -0.2, *shape) if spec.has_momentum else None,
-        "delta": uniform(0.5, 2.0, *shape) if spec.bias == "huber" else None,
+        "log_retain": uniform(-0.1, -0.001, *shape) if spec.retention_gate else None,
+        "log_momentum": uniform(-2.0, -0.2, *shape) if spec.momentum_gate else None,
+        "delta": uniform(0.25, 1.5, *shape) * width**0.5 if spec.bias == "huber" else None,
         "weights": [torch.randn(s, generator=generator).to(device) * s[1] ** -0.5 for s in shapes],
         "norm": uniform(0.5, 1.5, heads, width) if spec.norm else None,
         "spec": spec,

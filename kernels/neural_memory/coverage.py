@@ -8,13 +8,19 @@ from .spec import MemorySpec
 COVERED: dict[str, tuple[object, ...]] = {
     "network": ("linear", "mlp"),
     "bias": ("l2", "dot", "lp", "huber"),
-    "retention": ("l2", "none"),
+    "retention": ("l2", "none", "norm"),
     "rule": ("gd", "momentum"),
     "window": (1,),
     "gates": ("head",),
 }
 WIDTHS = (16, 32, 64, 128)
 EXPANSIONS = (1, 2, 4, 8)
+
+
+def listed(values: tuple[object, ...]) -> str:
+    """Words of a sentence: a, b or c."""
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec) -> tuple[str, object, str] | None:
@@ -30,7 +36,7 @@ def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec)
         return "q.dtype", "float64", "be float32, bfloat16 or float16"
     for name, covered in COVERED.items():
         if getattr(spec, name) not in covered:
-            return name, getattr(spec, name), f"be {' or '.join(map(str, covered))}"
+            return name, getattr(spec, name), f"be {listed(covered)}"
     if spec.layers > 2:
         return "depth", spec.layers, "be 1 or 2"
     if width not in WIDTHS:

@@ -17,8 +17,9 @@ from ..launch import Config, Kernel
 from .biases import error_of
 from .canary import decode_pairs
 from .forward import constants_of
+from .retentions import settle
 from .spec import MemorySpec
-from .tiles import EPS, gelu, gelu_slope
+from .tiles import EPS, copy, gelu, gelu_slope
 
 
 @triton.jit
@@ -45,13 +46,22 @@ def written(layer, at, gradient, theta, retain, momentum, ended, MOMENTUM: tl.co
     return before, after
 
 
+@triton.jit
+def settle_token(layer, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """W after a chunk's last token, and the anchor, which it becomes."""
+    _, _, u, new_w, _, new_u = layer
+    settle(u, new_w, new_w, zero, IN, OUT, ROWS, COLS, False)
+    tl.debug_barrier()
+    copy(new_u, new_w, zero, IN * OUT)
+
+
 @triton.jit(do_not_specialize=["zero"])
 def neural_memory_decode(
     q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, threshold_ptr, norm_ptr, position_ptr, w1_ptr, s1_ptr,
     u1_ptr, w2_ptr, s2_ptr, u2_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2, zero, H: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr,
-    DT: tl.constexpr, BF: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr,
+    LATE: tl.constexpr, DT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of each layer, a linear memory's as its second."""
     row = tl.program_id(0).to(tl.int64)
@@ -125,6 +135,12 @@ def neural_memory_decode(
     if RESIDUAL:
         read += q
     tl.store(o_ptr + row * D + d, read.to(DT))
+    if SETTLE[0] == "norm":
+        tl.debug_barrier()
+        if ended:
+            settle_token(last, zero, F, D, BF, D)
+            if DEEP:
+                settle_token(first, zero, D, F, D, BF)
 
 
 def decode_configs(constants: Mapping[str, Any]) -> list[Config]:

@@ -43,7 +43,8 @@ def constants_of(
         "NORM": spec.norm,
         "RESIDUAL": spec.residual,
         "BIAS": (spec.bias, *(getattr(spec, name) for name in LP if spec.bias == "lp")),
-        "RETENTION": spec.retention == "l2",
+        "SETTLE": ("none",) if spec.retention == "l2" else (spec.retention,),
+        "RETENTION": spec.retention_gate,
         "MOMENTUM": spec.has_momentum,
         "LATE": not spec.read_after_write,
         "STATE": state,
@@ -186,7 +187,7 @@ def run_forward(
         "states_ptr": step.new_empty((rows, heads, steps, (parts - 1) * size)),
         "small_ptr": q.new_empty((rows, heads, steps, c * (d + constants["F"]))),
         # Of the backward alone:
-        **dict.fromkeys(("d_o_ptr", "d_norm_ptr", "wide_ptr"), step),
+        **dict.fromkeys(("d_o_ptr", "d_norm_ptr", "wide_ptr", "settled_ptr"), step),
         "zero_ptr": step.new_zeros(1, dtype=torch.int32),
         "T": q.shape[1],
         "zero": 0,

@@ -29,8 +29,8 @@ def call(
         k,
         v,
         new(*shape),
-        new(*shape) if spec.retention == "l2" else None,
-        new(*shape) if spec.has_momentum else None,
+        new(*shape) if spec.retention_gate else None,
+        new(*shape) if spec.momentum_gate else None,
         weights=weights,
         spec=spec,
         norm=new(heads, width) if spec.norm else None,
@@ -114,4 +114,10 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "mlp_f64_c32_lp_bf16": plan(expansion=1, bias="lp", chunk_size=32),
     "mlp_d128_f512_c64_lp_gd_packed_bf16": plan(width=128, packed=True, bias="lp", lp_power=2.5, rule="gd"),
     "linear_c64_lp_bf16": plan(network="linear", bias="lp"),
+    # Other retentions, likewise.
+    "mlp_f256_c64_norm_retention_packed_bf16": plan(packed=True, retention="norm"),
+    "mlp_d128_f128_c64_plain_gd_norm_retention_bf16": plan(
+        width=128, expansion=1, norm=False, rule="gd", retention="norm"
+    ),
+    "linear_d32_c16_norm_retention_bf16": plan(width=32, network="linear", retention="norm", chunk_size=16),
 }

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .biases import error_of, load_thresholds
+from .retentions import scales_of, settle, settled_numbers
 from .tiles import (
     anchor_of,
     begin_state,
@@ -143,17 +144,18 @@ def begin_segment(states, start_ptr, kept_ptr, segment, n, h, slots, zero, H: tl
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_states(
     k_ptr, v_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, kept_ptr, state_ptr,
-    states_ptr, small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    states_ptr, settled_ptr, small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
-    GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
+    PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """W and S with which each step of a segment begins, ``states`` [N, H, steps, ·], and Δ of its last layer, in
     ``small``. ``start``: the state before the call, or W_0 of each layer [H, ·]; ``kept``: W and S every EVERY chunks,
     [slots, H, ·], where every segment but the first begins.
 
     Forward: also W and S after the segment, to ``kept`` or, after a sequence's last, to ``state`` [N, H, ·], which has
-    W, S and the anchor of each layer. GRAD: instead what the backward needs of the error, in ``wide``.
+    W, S and the anchor of each layer. GRAD: instead what the backward needs of the error, in ``wide``, and of the ends
+    of chunks that norm settles, in ``settled``.
     """
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -163,6 +165,7 @@ def neural_memory_states(
     PAIR: tl.constexpr = COPIES * SIZE
     WHOLE: tl.constexpr = PAIR + SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
+    WALKS: tl.constexpr = (not GRAD) or SETTLE[0] == "norm"
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     filled = place + length
@@ -189,6 +192,10 @@ def neural_memory_states(
             kept = kept_ptr + ((slots + segment) * H + h) * (LAYERS * PAIR)
             new1 = tl.where(through, tl.where(ends, own, kept), new1)
             new2 = tl.where(through, tl.where(ends, own + (LAYERS - 1) * WHOLE, kept + (LAYERS - 1) * PAIR), new2)
+        if GRAD and SETTLE[0] == "norm":
+            through = settled_ptr + program * settled_numbers(LAYERS * PAIR, EVERY, D, F)
+            new1 = tl.where(j == after - 1, through, new1)
+            new2 = tl.where(j == after - 1, through + (LAYERS - 1) * PAIR, new2)
         anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
         slot = step_slot(j, n, begin, place, C) * H + h
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
@@ -204,12 +211,21 @@ def neural_memory_states(
             tl.store(tall(units, C, D)[0], normed)
             tl.store(tall(residuals, C, D)[0], residual)
             tl.store(rstds + tl.arange(0, C), rstd)
-        if (j < after - 1) | (not GRAD):
+        if (j < after - 1) | WALKS:
             update_pass(
                 k_ptr, tok, valid, delta.to(DT), anchor, (old, old + (LAYERS - 1) * PAIR), (new1, new2), gates, zero, D,
                 F, C, BF, DEEP, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
+        if SETTLE[0] == "norm":
+            upto = (j + 1) * C
+            if (upto % CHUNK == 0) & (upto <= filled):
+                chunk = j * C // CHUNK - segment * EVERY
+                scales = scales_of(settled_ptr, program, chunk, LAYERS * PAIR, EVERY, D, F)
+                settle(anchor[1], new2, scales, zero, F, D, BF, D, GRAD)
+                if DEEP:
+                    settle(anchor[0], new1, scales + D, zero, D, F, D, BF, GRAD)
+                tl.debug_barrier()
     if not GRAD:
         finish(
             own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length, filled, first, after, slots, zero,

@@ -53,7 +53,7 @@ def make(
         "log_retain": draw.uniform(-0.3, -0.01, *shape, dtype=gate) if spec.retention_gate else None,
         "log_momentum": draw.uniform(-2.0, -0.2, *shape, dtype=gate) if spec.momentum_gate else None,
         "gamma": draw.uniform(0.2, 1.0, *shape, dtype=gate) if spec.window > 1 else None,
-        "delta": draw.uniform(0.5, 2.0, *shape, dtype=gate) if spec.bias == "huber" else None,
+        "delta": draw.uniform(0.25, 1.0, *shape, dtype=gate) * width**0.5 if spec.bias == "huber" else None,
         "weights": [own.normal(*s, scale=s[1] ** -unlike, dtype=draw.dtype) for s in shapes],
         "norm": own.uniform(0.5, 1.5, heads, width, dtype=draw.dtype) if spec.norm else None,
         "spec": spec,

@@ -47,7 +47,7 @@ LENGTHS = {16: 35, 32: 45, 64: 70, 128: 200}
 # self there.
 CLOSE, CLOSE_NORM = 1e-5, 3e-5
 
-#: Biases beyond those: choices, packed, warm state.
+#: Biases and retentions beyond those: choices, packed, warm state.
 Row = tuple[dict[str, Any], bool, bool]
 PAIRED = {"bias": ("l2", "dot"), "retention": ("l2", "none")}
 BEYOND: list[Row] = [
@@ -67,6 +67,8 @@ BEYOND: list[Row] = [
     ),
     ({"network": "linear", "bias": "lp", "norm": True, "residual": True}, True, False),
     ({"network": "linear", "bias": "huber", "rule": "gd", "retention": "none"}, False, True),
+    ({"retention": "norm"}, True, True),
+    ({"network": "linear", "retention": "norm", "rule": "gd", "chunk_size": 128}, False, True),
 ]
 
 
@@ -77,12 +79,12 @@ def named(row: Row) -> str:
 
 def beyond(choices: dict[str, Any]) -> MemorySpec:
     """The memory of a row of ``BEYOND``, as small as the kernels go."""
-    return MemorySpec(expansion=1, chunk_size=16, **choices)
+    return MemorySpec(**({"expansion": 1, "chunk_size": 16} | choices))
 
 
 #: For the canaries of other choices.
 OTHERS = [
-    MemorySpec("linear", chunk_size=16, bias="huber"),
+    MemorySpec("linear", chunk_size=16, bias="huber", retention="norm"),
     MemorySpec("linear", chunk_size=16, norm=True, bias="lp", lp_power=2.5),
 ]
 
@@ -115,11 +117,13 @@ def test_every_pair_of_choices_equals_the_reference(row: tuple[Any, ...]) -> Non
 
 @pytest.mark.parametrize("row", BEYOND, ids=named)
 def test_other_choices_equal_the_reference(row: Row) -> None:
-    """Values, state and every gradient, that of huber's thresholds too; a sequence ends in its second chunk."""
+    """Values, state and every gradient, that of huber's thresholds too; a sequence ends in its second chunk, or, of a
+    chunk of several steps, in the first step of that."""
     choices, packed, warm = row
     spec = beyond(choices)
     close = CLOSE_NORM if spec.norm else CLOSE
-    check_equals_reference(case_of(spec, close=close), "triton", torch.float32, 26, packed=packed, warm=warm)
+    length = 26 if spec.chunk_size == 16 else 80  # after a state in the middle of a chunk, into the second
+    check_equals_reference(case_of(spec, close=close), "triton", torch.float32, length, packed=packed, warm=warm)
 
 
 def test_chunks_of_wide_heads_are_taken_in_steps() -> None:
@@ -230,7 +234,7 @@ def test_every_configuration_is_right(spec: MemorySpec) -> None:
         ({"chunk_size": 48}, "chunk_size was 48; it must be 16, 32 or a multiple of 64"),
         ({"dtype": torch.float64}, r"q\.dtype was float64; it must be float32, bfloat16 or float16"),
         ({"network": "gated_mlp"}, "network was gated_mlp; it must be linear or mlp"),
-        ({"retention": "norm"}, "retention was norm; it must be l2 or none"),
+        ({"retention": "lq"}, "retention was lq; it must be l2, none or norm"),
         ({"rule": "muon"}, "rule was muon; it must be gd or momentum"),
         ({"window": 2}, "window was 2; it must be 1"),
     ],
