@@ -4,7 +4,8 @@
 kernel, configuration and architecture, for one version of Triton. A compilation that is worse is a problem: it names
 what it was and what it may be. So is one without a budget, a budget that nothing is compiled for, and a kernel of a
 plan that spills on some architecture with every configuration. ``--update`` writes down what is compiled; ``--once``
-compiles each kernel of an operation with each configuration in one plan alone, and lets budgets speak for the others.
+compiles each kernel of an operation in one plan alone, with each configuration for one architecture and with the first
+for the others, and lets budgets speak for the rest.
 
     python -m palimpsest.kernels.profile budgets [--update | --once] [--arch 80 90 100] [--only TEXT …] [--jobs 2]
 """
@@ -20,6 +21,7 @@ from .offline import ARCHES, Facts
 from .plans import Entry, Key, collect, compile_all, discover
 
 FILE = Path(__file__).with_name("budgets.json")
+CHIEF = 90  # the architecture for which ``--once`` compiles every configuration
 REGISTERS_MORE = 16  # a small change of a kernel moves its registers by a few
 SHARE_KEPT = 0.75  # of the matrix instructions, and of the mean width of a load
 UNUSABLE = 1 << 30  # spills of what does not run at all
@@ -115,11 +117,13 @@ def table(entries: Sequence[Entry], facts: Mapping[Any, Facts]) -> str:
 
 
 def first_of_each(entries: Sequence[Entry]) -> list[Entry]:
-    """Each kernel of an operation with each configuration and architecture, in the first plan that has it."""
+    """Each kernel of an operation, in the first plan that has it: with each configuration for :data:`CHIEF`, with the
+    first one for other architectures."""
     found: dict[Key, Entry] = {}
     for entry in entries:
         plan, kernel, configuration, arch = entry.key
-        found.setdefault((plan.partition("/")[0], kernel, configuration, arch), entry)
+        told = configuration if entry.job.arch == CHIEF else ""
+        found.setdefault((plan.partition("/")[0], kernel, told, arch), entry)
     return list(found.values())
 
 
@@ -157,7 +161,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--update", action="store_true", help="accept what is compiled now")
-    either.add_argument("--once", action="store_true", help="each kernel and configuration in one plan alone")
+    either.add_argument(
+        "--once", action="store_true", help=f"each kernel in one plan alone, with all configurations for sm_{CHIEF}"
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHES))
     parser.add_argument("--only", nargs="+", default=[""], help="plans whose name holds one of these texts")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
