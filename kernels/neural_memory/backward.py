@@ -15,8 +15,10 @@ from ..launch import Kernel
 from .backward_carry import neural_memory_carry
 from .backward_reads import neural_memory_reads_backward
 from .canary import backward_pairs
+from .duals import derives, enter, enter_backward, leave_backward
 from .forward import READS, STATES, carry_configs, constants_of, launch, pack, segments, unpack, walk_configs
 from .gate_kernels import run_gates, run_gates_backward
+from .retentions import settled_size
 from .spec import MemorySpec
 from .tiles import workspace_sizes
 
@@ -47,6 +49,8 @@ def run_backward(
     d_of_steps = [torch.empty_like(x) for x in of_steps]
     d_tokens = [torch.empty_like(x) for x in (q, k, v)]
     d_delta = None if delta is None else torch.empty_like(delta)
+    entered = enter(state, spec)
+    final = unpack(kept[1], weights) if derives(spec) else []
     # By the reads of a step and by its error; zero where there is no step.
     d_norms = step.new_zeros((0 if norm is None else of_steps[0].shape[0], q.shape[2], 2, q.shape[3]))
     arguments = {
@@ -55,11 +59,11 @@ def run_backward(
         "d_o_ptr": grad_o.contiguous(),
         **dict(zip(("write_ptr", "vectors_ptr", "ends_ptr"), of_steps, strict=True)),
         "norm_ptr": step if norm is None else norm.contiguous(),
-        "start_ptr": pack(state or weights, spec.layers),
+        "start_ptr": pack(entered or weights, spec.layers),
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
         "kept_ptr": kept[0],
-        "end_ptr": pack(grad_state, spec.layers),
+        "end_ptr": pack(leave_backward(grad_state, final, spec), spec.layers),
         **dict.fromkeys(("o_ptr", "state_ptr"), step),  # of the forward alone
         **dict(zip(("d_q_ptr", "d_k_ptr", "d_v_ptr"), d_tokens, strict=True)),
         **dict(zip(("d_write_ptr", "d_vectors_ptr", "d_ends_ptr"), d_of_steps, strict=True)),
@@ -70,8 +74,10 @@ def run_backward(
     }
     d_state = walk_segments(arguments, constants, rows, spec)
     d_gates = run_gates_backward(d_of_steps, *gates)
-    found = unpack(d_state, weights) if state else unpack(d_state.sum(0), weights)[: len(weights)]
-    if not state:
+    if state:
+        found = enter_backward(unpack(d_state, weights), entered, spec)
+    else:
+        found = unpack(d_state.sum(0), weights)[: len(weights)]
         found = [x.to(w.dtype) for x, w in zip(found, weights, strict=True)]
     return [*d_tokens, *d_gates, d_delta, None if norm is None else d_norms.sum((0, 2)).to(norm.dtype), *found]
 
@@ -85,10 +91,9 @@ def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: in
     small, wide = workspace_sizes(c, d, f)
     size = end.shape[-1] // (3 if spec.has_momentum else 2)
     d_states = end.new_empty((2, *end.shape))
-    settled = end.shape[-1] - size + every * (d + f) if constants["SETTLE"][0] == "norm" else 1
     arguments = arguments | {
         "states_ptr": end.new_empty((rows, heads, steps, end.shape[-1] - size)),
-        "settled_ptr": end.new_empty((rows, heads, settled)),
+        "settled_ptr": end.new_empty((rows, heads, settled_size(constants))),
         "small_ptr": q.new_empty((rows, heads, steps, small)),
         "wide_ptr": end.new_empty((rows, heads, steps, wide)),
         "zero_ptr": q.new_zeros(1, dtype=torch.int32),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .backward_passes import error_down, first_update, keys_down, last_update, second_order
-from .retentions import scales_of, settle_backward, settled_numbers
+from .retentions import FACTORS, factors_backward, scales_of, settle_backward, settled_numbers
 from .tiles import anchor_of, copy, fold, found_anew, segment_steps, sequence, step_offsets, workspace
 
 
@@ -51,6 +51,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     WHOLE: tl.constexpr = PAIR + SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
     HOLDS: tl.constexpr = C < CHUNK or SETTLE[0] == "norm"
+    kept = None
     if SETTLE[0] == "norm":
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         if ((j + 1) * C % CHUNK == 0) & ((j + 1) * C <= place + length):
@@ -92,13 +93,17 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
             states_ptr + (program - segment) * STEPS * (LAYERS * PAIR), start_ptr + program * (LAYERS * WHOLE),
             j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE,
         )  # fmt: skip
-        second_order(u2, small, wide, zero, D, F, C, BF, DT, PRECISION)
+        if SETTLE[0] == "lq":
+            kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
+        second_order(u2, kept, small, wide, zero, D, F, C, BF, DT, PRECISION)
         tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F)
+    if SETTLE[0] == "lq":
+        kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
     error_down(
         d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place, h, norm_ptr, d_norm_ptr + slot * (2 * D) + D,
-        small, wide, H, D, F, C, NORM, RESIDUAL, BIAS, DT,
+        kept, small, wide, H, D, F, C, NORM, RESIDUAL, BIAS, DT,
     )  # fmt: skip
     tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
@@ -111,11 +116,16 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     opens = ((j * C) % CHUNK == 0) & ((j > 0) | (not STATE))
     # Where a step is a whole chunk, the anchor is the weights it begins with.
     g1 = d_before_ptr + program * (LAYERS * WHOLE) + tl.where(opens & (C == CHUNK), 0, PAIR)
+    if SETTLE[0] == "lq":
+        kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
     keys_down(
-        k_ptr, d_k_ptr, tok, valid, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, small, wide, zero, D, F, C, BF, DEEP,
+        k_ptr, d_k_ptr, tok, valid, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, kept, small, wide, zero, D, F, C, BF, DEEP,
         NORM or BIAS[0] != "dot", DT, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
+    if SETTLE[0] == "lq":
+        factors_backward(kept, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, zero, SIZE, DEEP, NORM, SETTLE[1])
+        tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     opens = ((j * C) % CHUNK == 0) & ((j > 0) | (not STATE))
     if opens & (HOLDS | (j * C + CHUNK > place + length)):

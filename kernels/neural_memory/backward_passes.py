@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .biases import error_of, residual_backward
+from .retentions import BY_BACKS, BY_ERROR, BY_KEYS, scaled
 from .tiles import (
     gelu,
     gelu_curve,
@@ -189,14 +190,19 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
 
 
 @triton.jit
-def second_order(u2, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+def second_order(u2, kept, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
                  DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Δ1 = B ⊙ gelu′, B = Δ2 U2ᵀ: adds to the gradient of Δ2; leaves those of B and of the keys' pre-activations."""
+    """Δ1 = B ⊙ gelu′, B = Δ2 U2ᵀ: adds to the gradient of Δ2; leaves those of B and of the keys' pre-activations.
+    ``kept``, here and below: where the factors of lq lie, or None; B's gradient is left times the last layer's."""
     _, backs, _, _, d_delta1s, d_hiddens = hidden_parts(small, C, D, F)
     _, _, _, d_deltas, _, befores, _, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     d_delta = tl.load(tall(d_deltas, C, D)[0])
+    factor = None
+    if kept is not None:
+        factor = tl.load(kept)
+        d_factor = tl.zeros([C], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at_hidden = i[:, None] * F + f[None, :]
@@ -204,13 +210,18 @@ def second_order(u2, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.
         sigma = gelu(before)[1]
         slope = gelu_slope(before, sigma)
         d_delta1 = tl.load(d_delta1s + at_hidden).to(tl.float32)
-        d_back = (d_delta1 * slope).to(DT)
+        d_back = d_delta1 * slope
+        if factor is not None:
+            d_factor += tl.sum(d_back * tl.load(backs + at_hidden).to(tl.float32), 1)
+        d_back = scaled(d_back, factor).to(DT)
         tl.store(d_delta1s + at_hidden, d_back)
         d_before = tl.load(d_hiddens + at_hidden) * slope
         d_before += d_delta1 * tl.load(backs + at_hidden) * gelu_curve(before, sigma)
         tl.store(d_hiddens + at_hidden, d_before.to(DT))
         d_delta += product(d_back, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
     tl.store(tall(d_deltas, C, D)[0], d_delta)
+    if factor is not None:
+        tl.store(kept + BY_BACKS, tl.sum(d_factor))
 
 
 @triton.jit
@@ -241,8 +252,8 @@ def error_backward(d_delta, normed, rstd, residual, scale, threshold, D: tl.cons
 
 
 @triton.jit
-def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place, h, norm_ptr, d_norm, small, wide,
-               H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
+def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place, h, norm_ptr, d_norm, kept, small,
+               wide, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
                RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr):  # fmt: skip
     """From the gradient of Δ of the last layer to those of V, of the last layer's output, of the norm and of huber's
     thresholds, and to what the error adds to that of K; 16 tokens at a time, for it takes many tiles at once."""
@@ -251,6 +262,10 @@ def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place,
     d = tl.arange(0, D)
     scale = load_norm(norm_ptr, h, D, NORM)
     d_norms = tl.zeros([D], tl.float32)
+    factor = None
+    if kept is not None:
+        factor = tl.load(kept)
+        d_factor = tl.zeros([16], tl.float32)
     for start in tl.range(0, C, 16, disable_licm=True):
         i = start + tl.arange(0, 16)
         at = i[:, None] * D + d[None, :]
@@ -264,7 +279,12 @@ def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place,
             thresholds[:, None], D, NORM, BIAS,
         )  # fmt: skip
         d_norms += d_scale
-        tl.store(lasts + at, d_last.to(DT))
+        if factor is not None:
+            along = tl.sum(d_last * tl.load(units + at), 1)  # with the output: what of it is not ẑ has no gradient
+            if NORM:
+                along = along / tl.load(rstds + i)
+            d_factor += along
+        tl.store(lasts + at, scaled(d_last, factor).to(DT))
         t = j * C + i - place
         tok = ((begin + t).to(tl.int64) * H + h) * D
         valid = (t >= 0) & (t < length)
@@ -275,11 +295,13 @@ def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place,
             tl.store(d_keys + at, tl.load(d_keys + at) + d_residual)
     if NORM:
         tl.store(d_norm + d, d_norms)
+    if factor is not None:
+        tl.store(kept + BY_ERROR, tl.sum(d_factor))
 
 
 @triton.jit
-def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, zero, D: tl.constexpr, F: tl.constexpr,
-              C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr,
+def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, kept, small, wide, zero, D: tl.constexpr,
+              F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr,
               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): writes that of
     K, and adds to those of the anchor, ``grads``."""
@@ -293,6 +315,10 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, z
     d_last_t = tl.load(tall(lasts, C, D)[1])
     delta_t = tl.load(tall(deltas, C, D)[1])
     d_k = tl.load(tall(d_keys, C, D)[0])
+    factor = None
+    if DEEP and kept is not None:
+        factor = tl.load(kept + 2)
+        d_factor = tl.zeros([C], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
@@ -315,6 +341,9 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, z
         if DEEP or LAST:
             tl.store(grads2 + at2, tl.load(grads2 + at2) + anchor2)
         if DEEP:
+            if factor is not None:
+                d_factor += tl.sum(d_before * before, 1)
+            d_before = scaled(d_before, factor)
             d_k += product(d_before, tl.trans(tl.load(u1 + at).to(DT)), DT, PRECISION)
             tl.store(grads1 + at, tl.load(grads1 + at) + product(kt, d_before, DT, PRECISION))
         else:
@@ -322,3 +351,5 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, small, wide, z
             tl.store(d_k_ptr + tok[:, None] + f[None, :], d_hidden.to(DT), mask=valid[:, None])
     if DEEP:
         tl.store(d_k_ptr + tok[:, None] + d[None, :], d_k.to(DT), mask=valid[:, None])
+    if factor is not None:
+        tl.store(kept + BY_KEYS, tl.sum(d_factor))

@@ -11,6 +11,7 @@ another. The last layer's matrices are taken as [D, BF], transposed.
 import triton
 import triton.language as tl
 
+from .retentions import BY_FIRST_READS, FACTORS, scaled
 from .tiles import (
     found_anew,
     gelu,
@@ -53,12 +54,12 @@ def flows(write, small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 
 
 @triton.jit
-def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, wide, zero,
+def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, kept, d_vectors, small, wide, zero,
                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
                RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the last layer's reads: the gradients of the queries' pre-activations, of the hidden keys and of
     the first layer's Δ, by its reads, to the workspace; those of A and f. A linear memory's query is its hidden
-    vector."""
+    vector. ``kept``: where the factors of lq lie, or None."""
     SIZE: tl.constexpr = D * F
     retain, carry, _, _, _, _, _ = gates
     _, reads, _, flows, flows_t, _, _ = small_parts(small, C, D)
@@ -71,6 +72,10 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vec
     flow_t = tl.load(square(flows_t, C)[0])
     d_retain = tl.zeros([C], tl.float32)
     d_carry = tl.zeros([C], tl.float32)
+    factor = None
+    if DEEP and kept is not None:
+        factor = tl.load(kept + 2)
+        d_factor = tl.zeros([C], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = f[None, :] * D + d[:, None]
@@ -95,11 +100,16 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vec
             d_read_hidden += to_moment * carry[:, None]
         tl.store(d_hiddens + at_hidden, product(flow_t, read_hidden, DT, PRECISION).to(DT))
         if DEEP:
-            tl.store(d_pres + at_hidden, (d_read_hidden * gelu_slope(pre, sigma)).to(DT))
+            d_pre = d_read_hidden * gelu_slope(pre, sigma)
+            if factor is not None:
+                d_factor += tl.sum(d_pre * pre, 1)
+            tl.store(d_pres + at_hidden, scaled(d_pre, factor).to(DT))
         else:
             if RESIDUAL:
                 d_read_hidden += token_rows(d_o_ptr, tok, valid, f).to(tl.float32)
             tl.store(d_q_ptr + tok[:, None] + f[None, :], d_read_hidden.to(DT), mask=valid[:, None])
+    if factor is not None:
+        tl.store(kept + BY_FIRST_READS, tl.sum(d_factor))
     tl.store(d_vectors + i, d_retain)
     tl.store(d_vectors + C + i, d_carry)
 
@@ -182,11 +192,10 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_ve
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_reads_backward(
     q_ptr, k_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, position_ptr, cu_ptr, states_ptr, d_q_ptr, d_write_ptr,
-    d_vectors_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    d_vectors_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    PACKED: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Backward through the reads of one step: writes the gradients of Q, Λ, A and f, and to the workspace what reads
     add to those of Δ, of the hidden keys and of K."""
@@ -214,8 +223,11 @@ def neural_memory_reads_backward(
         weights = states_ptr + (program * STEPS + tl.program_id(1)) * (LAYERS * PAIR)
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+        kept = None
+        if SETTLE[0] == "lq":
+            kept = settled_ptr + (program * STEPS + tl.program_id(1)) * FACTORS
         last_reads(
-            q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, gates,
+            q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, gates, kept,
             d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, DEEP, RESIDUAL, MOMENTUM, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()

@@ -18,7 +18,7 @@ GATES = ("log_retain", "log_momentum", "delta")
 
 def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
     """The memory that a kernel's constants compute; what it is not built for, it has as usual."""
-    bias, (settle, *_) = constants["BIAS"], constants["SETTLE"]
+    bias, (settle, *power) = constants["BIAS"], constants["SETTLE"]
     return MemorySpec(
         network="mlp" if constants["DEEP"] else "linear",
         expansion=constants["F"] // constants["D"],
@@ -26,6 +26,7 @@ def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
         residual=constants["RESIDUAL"],
         bias=bias[0],
         **dict(zip(LP, bias[1:], strict=False)),
+        **dict(zip(("lq_power",), power, strict=False)),
         retention=settle if settle != "none" else "l2" if constants.get("RETENTION", True) else "none",
         rule="momentum" if constants["MOMENTUM"] else "gd",
         chunk_size=constants["CHUNK"],

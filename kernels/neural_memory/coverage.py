@@ -8,7 +8,7 @@ from .spec import MemorySpec
 COVERED: dict[str, tuple[object, ...]] = {
     "network": ("linear", "mlp"),
     "bias": ("l2", "dot", "lp", "huber"),
-    "retention": ("l2", "none", "norm"),
+    "retention": ("l2", "none", "norm", "lq"),
     "rule": ("gd", "momentum"),
     "window": (1,),
     "gates": ("head",),

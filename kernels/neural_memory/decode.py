@@ -17,7 +17,7 @@ from ..launch import Config, Kernel
 from .biases import error_of
 from .canary import decode_pairs
 from .forward import constants_of
-from .retentions import settle
+from .retentions import factor_of, scaled, settle
 from .spec import MemorySpec
 from .tiles import EPS, copy, gelu, gelu_slope
 
@@ -31,28 +31,43 @@ def row_unit(x, D: tl.constexpr):
 
 
 @triton.jit
-def written(layer, at, gradient, theta, retain, momentum, ended, MOMENTUM: tl.constexpr):
+def written(layer, at, gradient, factor, theta, retain, momentum, ended, MOMENTUM: tl.constexpr):
     """S ← η S − θ g, W ← a W + S on one block, and the anchor, which W becomes where the chunk has ``ended``; returns W
-    before and after."""
+    before and after. ``factor``: lq's r, or None."""
     w, s, u, new_w, new_s, new_u = layer
     before = tl.load(w + at)
     change = -theta * gradient
     if MOMENTUM:
         change += momentum * tl.load(s + at)
         tl.store(new_s + at, change)
-    after = retain * before + change
+    after = retain * before + scaled(change, factor)
     tl.store(new_w + at, after)
     tl.store(new_u + at, tl.where(ended, after, tl.load(u + at)))
     return before, after
 
 
 @triton.jit
-def settle_token(layer, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """W after a chunk's last token, and the anchor, which it becomes."""
+def multiple(target, source, factor, zero, COUNT: tl.constexpr):
+    """COUNT numbers, a multiple of 256, times a factor."""
+    BLOCK: tl.constexpr = 2048 if COUNT % 2048 == 0 else 256
+    at = tl.arange(0, BLOCK)
+    for i in range(0, COUNT + zero, BLOCK):
+        tl.store(target + i + at, tl.load(source + i + at) * factor)
+
+
+@triton.jit
+def settle_token(layer, factor, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                 SETTLE: tl.constexpr):  # fmt: skip
+    """W after a chunk's last token, and the anchor: W, or of lq the D that W is ``factor`` times, and W of that."""
     _, _, u, new_w, _, new_u = layer
-    settle(u, new_w, new_w, zero, IN, OUT, ROWS, COLS, False)
-    tl.debug_barrier()
-    copy(new_u, new_w, zero, IN * OUT)
+    if SETTLE[0] == "lq":
+        multiple(new_u, new_w, 1.0 / factor, zero, IN * OUT)
+        tl.debug_barrier()
+        multiple(new_w, new_u, factor_of(new_u, zero, IN * OUT, SETTLE[1])[0], zero, IN * OUT)
+    else:
+        settle(u, new_w, new_w, zero, IN, OUT, ROWS, COLS, False)
+        tl.debug_barrier()
+        copy(new_u, new_w, zero, IN * OUT)
 
 
 @triton.jit(do_not_specialize=["zero"])
@@ -85,14 +100,23 @@ def neural_memory_decode(
     scale = tl.zeros([D], tl.float32)
     if NORM:
         scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
+    factors = (None, None)
+    if SETTLE[0] == "lq":
+        by_last, _ = factor_of(last[2], zero, SIZE, SETTLE[1])
+        by_first = by_last
+        if DEEP:
+            by_first, _ = factor_of(first[2], zero, SIZE, SETTLE[1])
+        factors = (by_first, by_last)
     out = tl.zeros([D], tl.float32)
     for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
         if DEEP:
-            hidden, _ = gelu(tl.sum(tl.load(first[2] + d[:, None] * F + f[None, :]) * k[:, None], 0))
+            pre = tl.sum(tl.load(first[2] + d[:, None] * F + f[None, :]) * k[:, None], 0)
+            hidden, _ = gelu(scaled(pre, factors[0]))
         else:
             hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
         out += tl.sum(tl.load(last[2] + f[:, None] * D + d[None, :]) * hidden[:, None], 0)
+    out = scaled(out, factors[1])
     delta = error
     if NORM:
         unit, rstd = row_unit(out, D)
@@ -114,11 +138,11 @@ def neural_memory_decode(
         at_last = f[:, None] * D + d[None, :]
         if DEEP:
             at_first = d[:, None] * F + f[None, :]
-            pre = tl.sum(tl.load(first[2] + at_first) * k[:, None], 0)
+            pre = scaled(tl.sum(tl.load(first[2] + at_first) * k[:, None], 0), factors[0])
             hidden, sigma = gelu(pre)
-            back = tl.sum(tl.load(last[2] + at_last) * delta[None, :], 1)
+            back = scaled(tl.sum(tl.load(last[2] + at_last) * delta[None, :], 1), factors[1])
             gradient = k[:, None] * (back * gelu_slope(pre, sigma))[None, :]
-            before, after = written(first, at_first, gradient, theta, retain, momentum, ended, MOMENTUM)
+            before, after = written(first, at_first, gradient, factors[0], theta, retain, momentum, ended, MOMENTUM)
             if LATE:
                 after = before
             asked, _ = gelu(tl.sum(after * q[:, None], 0))
@@ -126,7 +150,7 @@ def neural_memory_decode(
             hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
             asked = tl.load(q_ptr + row * D + f).to(tl.float32)
         gradient = hidden[:, None] * delta[None, :]
-        before, after = written(last, at_last, gradient, theta, retain, momentum, ended, MOMENTUM)
+        before, after = written(last, at_last, gradient, factors[1], theta, retain, momentum, ended, MOMENTUM)
         if LATE:
             after = before
         read += tl.sum(after * asked[:, None], 0)
@@ -135,12 +159,12 @@ def neural_memory_decode(
     if RESIDUAL:
         read += q
     tl.store(o_ptr + row * D + d, read.to(DT))
-    if SETTLE[0] == "norm":
+    if SETTLE[0] != "none":
         tl.debug_barrier()
         if ended:
-            settle_token(last, zero, F, D, BF, D)
+            settle_token(last, factors[1], zero, F, D, BF, D, SETTLE)
             if DEEP:
-                settle_token(first, zero, D, F, D, BF)
+                settle_token(first, factors[0], zero, D, F, D, BF, SETTLE)
 
 
 def decode_configs(constants: Mapping[str, Any]) -> list[Config]:

@@ -15,8 +15,10 @@ from torch import Tensor
 from ..launch import Config, Kernel, Pairs, precision
 from .canary import LP, backward_pairs, forward_pairs
 from .cost import kept_slots, segment_chunks
+from .duals import derives, enter, leave
 from .gate_kernels import run_gates
 from .reads import neural_memory_reads
+from .retentions import settled_size
 from .spec import MemorySpec
 from .states import neural_memory_states
 
@@ -26,6 +28,13 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def step_length(spec: MemorySpec, width: int) -> int:
     """C of a step: the chunk, or the part of it that fits a program's registers with heads of ``width``."""
     return min(spec.chunk_size, 64 if width <= 64 else 32)
+
+
+def settle_of(spec: MemorySpec) -> tuple[Any, ...]:
+    """What a chunk's end makes of the weights, and its parameter: the same for all that leave them as they are."""
+    if spec.retention in ("l2", "none"):
+        return ("none",)
+    return (spec.retention, spec.lq_power) if spec.retention == "lq" else (spec.retention,)
 
 
 def constants_of(
@@ -43,7 +52,7 @@ def constants_of(
         "NORM": spec.norm,
         "RESIDUAL": spec.residual,
         "BIAS": (spec.bias, *(getattr(spec, name) for name in LP if spec.bias == "lp")),
-        "SETTLE": ("none",) if spec.retention == "l2" else (spec.retention,),
+        "SETTLE": settle_of(spec),
         "RETENTION": spec.retention_gate,
         "MOMENTUM": spec.has_momentum,
         "LATE": not spec.read_after_write,
@@ -178,16 +187,17 @@ def run_forward(
         "vectors_ptr": vectors,
         "ends_ptr": ends,
         "norm_ptr": q if norm is None else norm.contiguous(),
-        "start_ptr": pack(state or weights, spec.layers),
+        "start_ptr": pack(enter(state, spec) if state else weights, spec.layers),
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
         "o_ptr": o,
         "state_ptr": final,
         "kept_ptr": kept,
         "states_ptr": step.new_empty((rows, heads, steps, (parts - 1) * size)),
+        "settled_ptr": step.new_empty((rows, heads, settled_size(constants))),
         "small_ptr": q.new_empty((rows, heads, steps, c * (d + constants["F"]))),
         # Of the backward alone:
-        **dict.fromkeys(("d_o_ptr", "d_norm_ptr", "wide_ptr", "settled_ptr"), step),
+        **dict.fromkeys(("d_o_ptr", "d_norm_ptr", "wide_ptr"), step),
         "zero_ptr": step.new_zeros(1, dtype=torch.int32),
         "T": q.shape[1],
         "zero": 0,
@@ -199,4 +209,5 @@ def run_forward(
     lengths = q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
     before = torch.zeros(rows, dtype=torch.int32, device=q.device) if position is None else position
     after = torch.remainder(before + lengths, spec.chunk_size).to(torch.int32)
-    return [o, *unpack(final, weights), after, *([kept] if keep else [])]
+    held = [kept, *([final] if derives(spec) else [])]  # the backward needs D after the call, which leaves as W
+    return [o, *leave(unpack(final, weights), spec), after, *(held if keep else [])]

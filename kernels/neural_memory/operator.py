@@ -19,6 +19,7 @@ from . import replay
 from .call import Call
 from .chunked import Chunk, chunk_backward, chunk_forward
 from .cost import kept_slots, matmul_flops, segment_chunks
+from .duals import derives
 from .gates import gates_backward, make_gates
 from .schedule import Step
 from .spec import MemorySpec
@@ -175,6 +176,8 @@ def _(
     if triton:
         size = sum(w.shape[1] * w.shape[2] for w in weights)
         saved = [q.new_empty((slots, q.shape[2], (parts - 1) * size), dtype=kind)] if keep else []
+        if keep and derives(what):
+            saved.append(q.new_empty((rows, q.shape[2], parts * size), dtype=kind))
     elif not what.derived_by_hand:
         shapes = replay.kept_shapes(weights, what) if keep else []
         saved = [q.new_empty((slots, *shape), dtype=kind) for shape in shapes]

@@ -120,4 +120,9 @@ VARIANTS: dict[str, Callable[[], None]] = {
         width=128, expansion=1, norm=False, rule="gd", retention="norm"
     ),
     "linear_d32_c16_norm_retention_bf16": plan(width=32, network="linear", retention="norm", chunk_size=16),
+    "mlp_f256_c64_lp_lq_bf16": plan(bias="lp", retention="lq"),
+    "mlp_d128_f128_c64_plain_gd_lq_packed_bf16": plan(
+        width=128, packed=True, expansion=1, norm=False, rule="gd", retention="lq", lq_power=3.0
+    ),
+    "linear_d32_c16_lq_bf16": plan(width=32, network="linear", retention="lq", chunk_size=16),
 }

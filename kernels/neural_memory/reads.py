@@ -7,6 +7,7 @@ It needs the state with which the step begins and Δ of its last layer (``states
 import triton
 import triton.language as tl
 
+from .retentions import BY_READS, FACTORS, scaled
 from .states import keys_block
 from .tiles import (
     anchor_of,
@@ -33,9 +34,9 @@ from .tiles import (
 
 
 @triton.jit
-def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, states, write, gates, reads, hiddens, zero, D: tl.constexpr,
-               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr,
-               GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write, gates, reads, hiddens, zero,
+               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+               MOMENTUM: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The reads up to the LayerNorm, but for the term of the last layer's scores; with h h_Kᵀ of that layer. The hidden
     queries go through ``reads``. GRAD: Δ of the first layer, B, both pre-activations, and for heads of at most 64 the
     hidden keys (where the gradient of Δ will lie) to ``hiddens``, and the scores by Λ. ``anchor``, ``states``: where
@@ -66,11 +67,12 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, states, write, gates, r
         if DEEP:
             kt = token_columns(k_ptr, tok + start * zero, valid, d)
             first, last = tl.load(u1 + at1).to(DT), tl.load(u2 + at2).to(DT)
-            before, back, delta1, hidden_t = keys_block(k, kt, delta, first, last, DT, PRECISION)
+            before, back, delta1, hidden_t = keys_block(k, kt, delta, first, last, factors, DT, PRECISION)
             pre = product(q, tl.load(weights1 + at1), DT, PRECISION) * retain[:, None]
             pre -= product(scores, delta1, DT, PRECISION)
             if MOMENTUM:
                 pre += product(q, tl.load(weights1 + SIZE + at1), DT, PRECISION) * carry[:, None]
+            pre = scaled(pre, factors[0])
             read = gelu(pre)[0]
             tl.store(reads + at_hidden, read.to(DT))
             if GRAD:
@@ -103,7 +105,7 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, states, write, gates, r
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_reads(
     q_ptr, k_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, states_ptr, o_ptr,
-    d_o_ptr, d_norm_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
+    d_o_ptr, d_norm_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
     F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -129,6 +131,10 @@ def neural_memory_reads(
         anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
         now = states + j * (LAYERS * PAIR), states + j * (LAYERS * PAIR) + (LAYERS - 1) * PAIR
         deltas = deltas_of(small_ptr, at, C, D, F, GRAD)
+        factors = (None, None)
+        if SETTLE[0] == "lq":
+            kept = settled_ptr + at * FACTORS
+            factors = (tl.load(kept + 2) if DEEP else None, tl.load(kept))
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         hidden = deltas + C * D
@@ -139,8 +145,8 @@ def neural_memory_reads(
             hidden = parts[2]
             tiles = parts[0], parts[1], wides[5], wides[6], parts[4], small_parts(small, C, D)[6]
         found, out = reads_pass(
-            q_ptr, k_ptr, tok, valid, deltas, anchor, now, square(write_ptr + slot * (C * C), C)[0], gates, hidden,
-            tiles, zero, D, F, C, BF, DEEP, MOMENTUM, GRAD, DT, PRECISION,
+            q_ptr, k_ptr, tok, valid, deltas, anchor, factors, now, square(write_ptr + slot * (C * C), C)[0], gates,
+            hidden, tiles, zero, D, F, C, BF, DEEP, MOMENTUM, GRAD, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
@@ -148,16 +154,19 @@ def neural_memory_reads(
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         if GRAD:
             tl.store(square(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C)[0], found)
-        if NORM or not GRAD:
+        if NORM or not GRAD or SETTLE[0] == "lq":
             delta = tl.load(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0])
             written = tl.load(square(write_ptr + slot * (C * C), C)[0]).to(tl.float32)
-            out -= product(found * written, delta, DT, PRECISION)
+            out = scaled(out - product(found * written, delta, DT, PRECISION), factors[1])
         if GRAD:
             d_out = token_rows(d_o_ptr, tok, valid, d).to(tl.float32)
             if NORM:
                 normed, rstd = normalised(out, D)
                 tl.store(d_norm_ptr + slot * (2 * D) + d, tl.sum(d_out * normed, 0))
                 d_out = project(d_out * load_norm(norm_ptr, h, D, NORM)[None, :], normed, D) * rstd[:, None]
+            if SETTLE[0] == "lq":
+                tl.store(settled_ptr + at * FACTORS + BY_READS, tl.sum(d_out * out))
+                d_out = scaled(d_out, factors[1])
             reads = small_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[0], C, D)[1]
             tl.store(tall(reads, C, D)[0], d_out.to(DT))
         else:

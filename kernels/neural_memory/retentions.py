@@ -1,9 +1,17 @@
 """What a retention makes of D, in which writes accumulate, at a chunk's end, in Triton, and back; ``retention.py`` has
 the definitions.
 
-``SETTLE``: its name, or ``("none",)`` where D goes on as it is (l2 and none). Matrices are [IN, OUT], row by row in
-memory, and gone through in blocks [ROWS, COLS].
+``SETTLE``: its name, or ``("none",)`` where D is W and goes on as it is (l2 and none); and of lq its power. Matrices
+are [IN, OUT], row by row in memory, and gone through in blocks [ROWS, COLS].
+
+``"norm"`` scales the columns of W where a chunk ends. ``"lq"`` is W = r D, r = ‖D‖_q^(2−q) of each matrix where the
+chunk began: the kernels carry D and S, the anchor is D there, and every product with W or with the weights at the
+anchor is one with D times r. The gradients of r are sums that passes meet on their way: of a product Y = r X the sum of
+ȳ y is r r̄.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -11,6 +19,87 @@ import triton.language as tl
 from .spec import RETENTION_EPS
 
 SMALLEST = tl.constexpr(RETENTION_EPS)
+# What is kept of lq for each step: r and ‖D‖_q^q of the last layer and of the first; then shares of r r̄: of the last
+# layer by reads, by B and by the error, of the first by reads and by the keys' pass.
+FACTORS = tl.constexpr(16)
+BY_READS, BY_BACKS, BY_ERROR, BY_FIRST_READS, BY_KEYS = (tl.constexpr(8 + i) for i in range(5))
+
+
+def settled_size(constants: Mapping[str, Any]) -> int:
+    """Numbers that a retention keeps of a memory's segment, for the kernels of these constants; 1 at least."""
+    d, f, steps = constants["D"], constants["F"], constants["EVERY"] * constants["CHUNK"] // constants["C"]
+    layers, copies = 1 + constants["DEEP"], 1 + constants["MOMENTUM"]
+    if constants["SETTLE"][0] == "norm" and constants["GRAD"]:
+        return layers * copies * d * f + constants["EVERY"] * (d + f)
+    return steps * FACTORS.value if constants["SETTLE"][0] == "lq" else 1
+
+
+@triton.jit
+def scaled(x, factor):
+    """x times a factor, where there is one."""
+    if factor is None:
+        return x
+    else:
+        return x * factor
+
+
+@triton.jit
+def power_of(x, POWER: tl.constexpr):
+    """|x|^POWER."""
+    if POWER == 4.0:
+        return x * x * x * x
+    elif POWER == 2.0:
+        return x * x
+    else:
+        return tl.where(x == 0.0, 0.0, tl.exp(tl.log(tl.abs(tl.where(x == 0.0, 1.0, x))) * POWER))
+
+
+@triton.jit
+def factor_of(dual, zero, SIZE: tl.constexpr, POWER: tl.constexpr):
+    """r of a matrix, and Σ |d|^q + ε."""
+    BLOCK: tl.constexpr = 2048 if SIZE % 2048 == 0 else 256
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE + zero, BLOCK):
+        sums += power_of(tl.load(dual + start + tl.arange(0, BLOCK)), POWER)
+    total = tl.sum(sums) + SMALLEST
+    return tl.exp(tl.log(total) * ((2.0 - POWER) / POWER)), total
+
+
+@triton.jit
+def keep_factors(kept, anchor, zero, SIZE: tl.constexpr, DEEP: tl.constexpr, POWER: tl.constexpr):
+    """r of the first layer and of the last, and to ``kept`` what other passes need of them."""
+    last, total = factor_of(anchor[1], zero, SIZE, POWER)
+    tl.store(kept, last)
+    tl.store(kept + 1, total)
+    first = last
+    if DEEP:
+        first, total = factor_of(anchor[0], zero, SIZE, POWER)
+        tl.store(kept + 2, first)
+        tl.store(kept + 3, total)
+    return first, last
+
+
+@triton.jit
+def factor_backward(dual, grads, share, total, zero, SIZE: tl.constexpr, POWER: tl.constexpr):
+    """Adds what r gives to the gradient of D, from r r̄: r r̄ (2 − q) |d|^(q−2) d / Σ |d|^q."""
+    BLOCK: tl.constexpr = 2048 if SIZE % 2048 == 0 else 256
+    for start in range(0, SIZE + zero, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        d = tl.load(dual + at)
+        slope = power_of(d, POWER - 2.0) * d
+        tl.store(grads + at, tl.load(grads + at) + share * ((2.0 - POWER) / total) * slope)
+
+
+@triton.jit
+def factors_backward(kept, u1, u2, grads1, grads2, zero, SIZE: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+                     POWER: tl.constexpr):  # fmt: skip
+    """The same of both layers, from the shares that a step's passes have left."""
+    share = tl.load(kept + BY_READS) + tl.load(kept + BY_ERROR)
+    if DEEP:
+        share += tl.load(kept + BY_BACKS)
+        first = tl.load(kept + BY_FIRST_READS) + tl.load(kept + BY_KEYS)
+        factor_backward(u1, grads1, first, tl.load(kept + 3), zero, SIZE, POWER)
+    factor_backward(u2, grads2, share, tl.load(kept + 1), zero, SIZE, POWER)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .biases import error_of, load_thresholds
-from .retentions import scales_of, settle, settled_numbers
+from .retentions import FACTORS, keep_factors, scaled, scales_of, settle, settled_numbers
 from .tiles import (
     anchor_of,
     begin_state,
@@ -39,9 +39,9 @@ from .tiles import (
 
 
 @triton.jit
-def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, thresholds, zero, D: tl.constexpr, F: tl.constexpr,
-               C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-               BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def inner_pass(k_ptr, v_ptr, tok, valid, anchor, factors, scale, thresholds, zero, D: tl.constexpr,
+               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+               RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The keys' pass at the anchor: ẑ and 1/std of the last layer, the residual r, and Δ of the last layer."""
     u1, u2 = anchor
     d = tl.arange(0, D)
@@ -51,10 +51,12 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, thresholds, zero, D: tl.
         for start in tl.range(0, F + zero, BF, disable_licm=True):
             f = start + tl.arange(0, BF)
             if DEEP:
-                hidden, _ = gelu(product(k, tl.load(u1 + d[:, None] * F + f[None, :]), DT, PRECISION))
+                before = product(k, tl.load(u1 + d[:, None] * F + f[None, :]), DT, PRECISION)
+                hidden, _ = gelu(scaled(before, factors[0]))
             else:
                 hidden = token_rows(k_ptr, tok, valid, f)
             last += product(hidden, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
+        last = scaled(last, factors[1])
     residual = -token_rows(v_ptr, tok, valid, d).to(tl.float32)
     normed = last
     rstd = tl.zeros([C], tl.float32)
@@ -74,12 +76,12 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, scale, thresholds, zero, D: tl.
 
 
 @triton.jit
-def keys_block(k, kt, delta, first, last, DT: tl.constexpr, PRECISION: tl.constexpr):
+def keys_block(k, kt, delta, first, last, factors, DT: tl.constexpr, PRECISION: tl.constexpr):
     """Of a block of hidden units at the anchor, ``first`` [D, BF] and ``last`` [BF, D]: the keys' pre-activations, B,
     Δ of the first layer, and the hidden keys transposed, by a product of their own instead of a product's transpose."""
-    before = product(k, first, DT, PRECISION)
-    back = product(delta, tl.trans(last), DT, PRECISION)
-    hidden_t = gelu(product(tl.trans(first), kt, DT, PRECISION))[0]
+    before = scaled(product(k, first, DT, PRECISION), factors[0])
+    back = scaled(product(delta, tl.trans(last), DT, PRECISION), factors[1])
+    hidden_t = gelu(scaled(product(tl.trans(first), kt, DT, PRECISION), factors[0]))[0]
     return before, back, back * gelu_slope(before, gelu(before)[1]), hidden_t
 
 
@@ -97,7 +99,7 @@ def update_block(old, new, at, end_retain, end_carry, end_inertia, written, writ
 
 
 @triton.jit
-def update_pass(k_ptr, tok, valid, delta, anchor, old, new, gates, zero, D: tl.constexpr, F: tl.constexpr,
+def update_pass(k_ptr, tok, valid, delta, anchor, factors, old, new, gates, zero, D: tl.constexpr, F: tl.constexpr,
                 C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """The state after the step. ``anchor``, ``old``, ``new``: where the two layers begin; S follows W."""
@@ -115,7 +117,7 @@ def update_pass(k_ptr, tok, valid, delta, anchor, old, new, gates, zero, D: tl.c
         at2 = f[:, None] * D + d[None, :]
         if DEEP:
             first, last = tl.load(u1 + at1).to(DT), tl.load(u2 + at2).to(DT)
-            delta1, hidden_t = keys_block(k, kt, delta, first, last, DT, PRECISION)[2:]
+            delta1, hidden_t = keys_block(k, kt, delta, first, last, factors, DT, PRECISION)[2:]
             written = product(kt, delta1 * end_write[:, None], DT, PRECISION)
             inert = written
             if MOMENTUM:
@@ -197,14 +199,17 @@ def neural_memory_states(
             new1 = tl.where(j == after - 1, through, new1)
             new2 = tl.where(j == after - 1, through + (LAYERS - 1) * PAIR, new2)
         anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
+        at = program * STEPS + j - segment * STEPS
+        factors = (None, None)
+        if SETTLE[0] == "lq":
+            factors = keep_factors(settled_ptr + at * FACTORS, anchor, zero, SIZE, DEEP, SETTLE[1])
         slot = step_slot(j, n, begin, place, C) * H + h
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         normed, rstd, residual, delta = inner_pass(
-            k_ptr, v_ptr, tok, valid, anchor, scale, load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero, D, F,
-            C, BF, DEEP, NORM, RESIDUAL, BIAS, DT, PRECISION,
+            k_ptr, v_ptr, tok, valid, anchor, factors, scale, load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero,
+            D, F, C, BF, DEEP, NORM, RESIDUAL, BIAS, DT, PRECISION,
         )  # fmt: skip
-        at = program * STEPS + j - segment * STEPS
         tl.store(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0], delta.to(DT))
         if GRAD:
             _, units, residuals, _, _, _, _, rstds = wide_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C, D, F)
@@ -213,8 +218,8 @@ def neural_memory_states(
             tl.store(rstds + tl.arange(0, C), rstd)
         if (j < after - 1) | WALKS:
             update_pass(
-                k_ptr, tok, valid, delta.to(DT), anchor, (old, old + (LAYERS - 1) * PAIR), (new1, new2), gates, zero, D,
-                F, C, BF, DEEP, MOMENTUM, DT, PRECISION,
+                k_ptr, tok, valid, delta.to(DT), anchor, factors, (old, old + (LAYERS - 1) * PAIR), (new1, new2), gates,
+                zero, D, F, C, BF, DEEP, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
         if SETTLE[0] == "norm":

@@ -69,6 +69,8 @@ BEYOND: list[Row] = [
     ({"network": "linear", "bias": "huber", "rule": "gd", "retention": "none"}, False, True),
     ({"retention": "norm"}, True, True),
     ({"network": "linear", "retention": "norm", "rule": "gd", "chunk_size": 128}, False, True),
+    ({"retention": "lq"}, True, True),
+    ({"network": "linear", "retention": "lq", "lq_power": 2.5, "bias": "dot", "rule": "gd"}, False, True),
 ]
 
 
@@ -85,7 +87,7 @@ def beyond(choices: dict[str, Any]) -> MemorySpec:
 #: For the canaries of other choices.
 OTHERS = [
     MemorySpec("linear", chunk_size=16, bias="huber", retention="norm"),
-    MemorySpec("linear", chunk_size=16, norm=True, bias="lp", lp_power=2.5),
+    MemorySpec("linear", chunk_size=16, norm=True, bias="lp", lp_power=2.5, retention="lq", lq_power=3.0),
 ]
 
 
@@ -117,12 +119,12 @@ def test_every_pair_of_choices_equals_the_reference(row: tuple[Any, ...]) -> Non
 
 @pytest.mark.parametrize("row", BEYOND, ids=named)
 def test_other_choices_equal_the_reference(row: Row) -> None:
-    """Values, state and every gradient, that of huber's thresholds too; a sequence ends in its second chunk, or, of a
-    chunk of several steps, in the first step of that."""
+    """Values, state and every gradient, that of huber's thresholds too."""
     choices, packed, warm = row
     spec = beyond(choices)
     close = CLOSE_NORM if spec.norm else CLOSE
-    length = 26 if spec.chunk_size == 16 else 80  # after a state in the middle of a chunk, into the second
+    # After a state in the middle of a chunk into the third, and of a chunk of several steps into the second.
+    length = 80 if spec.chunk_size > 16 else 40 if packed else 26
     check_equals_reference(case_of(spec, close=close), "triton", torch.float32, length, packed=packed, warm=warm)
 
 
@@ -234,7 +236,7 @@ def test_every_configuration_is_right(spec: MemorySpec) -> None:
         ({"chunk_size": 48}, "chunk_size was 48; it must be 16, 32 or a multiple of 64"),
         ({"dtype": torch.float64}, r"q\.dtype was float64; it must be float32, bfloat16 or float16"),
         ({"network": "gated_mlp"}, "network was gated_mlp; it must be linear or mlp"),
-        ({"retention": "lq"}, "retention was lq; it must be l2, none or norm"),
+        ({"retention": "kl"}, "retention was kl; it must be l2, none, norm or lq"),
         ({"rule": "muon"}, "rule was muon; it must be gd or momentum"),
         ({"window": 2}, "window was 2; it must be 1"),
     ],

@@ -1,0 +1,80 @@
+"""What the Triton kernels carry instead of W where a retention derives it: D, at the borders of a call, and back.
+
+Of lq W = r(U) D, U the anchor; with ρ(U) = (2 − q) |U|^(q−2) U / ‖U‖_q^q the gradient of r is r ρ. For all other
+retentions that there are kernels for D is W.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .retention import factor_of
+from .spec import RETENTION_EPS, MemorySpec
+
+
+def derives(spec: MemorySpec) -> bool:
+    """Whether D is not W."""
+    return spec.retention == "lq"
+
+
+def _parts(flat: Sequence[Tensor], spec: MemorySpec) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """W or D, S, and the anchor of every layer, of a state's tensors."""
+    n = spec.layers
+    return flat[:n], flat[n:-n], flat[-n:]
+
+
+def _slope(anchor: Tensor, spec: MemorySpec) -> Tensor:
+    """ρ(U)."""
+    power = anchor.abs().pow(spec.lq_power - 2.0)
+    total = (power * anchor.square()).sum((-2, -1), keepdim=True) + RETENTION_EPS
+    return (2.0 - spec.lq_power) * power * anchor / total
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each matrix, [..., 1, 1]."""
+    return (a * b).sum((-2, -1), keepdim=True)
+
+
+def enter(state: Sequence[Tensor], spec: MemorySpec) -> list[Tensor]:
+    """A state's tensors with D in place of W."""
+    if not derives(spec):
+        return list(state)
+    weights, momentum, anchor = _parts(state, spec)
+    return [*(w / factor_of(u, spec) for w, u in zip(weights, anchor, strict=True)), *momentum, *anchor]
+
+
+def leave(flat: Sequence[Tensor], spec: MemorySpec) -> list[Tensor]:
+    """The inverse of :func:`enter`."""
+    if not derives(spec):
+        return list(flat)
+    duals, momentum, anchor = _parts(flat, spec)
+    return [*(d * factor_of(u, spec) for d, u in zip(duals, anchor, strict=True)), *momentum, *anchor]
+
+
+def enter_backward(grads: Sequence[Tensor], entered: Sequence[Tensor], spec: MemorySpec) -> list[Tensor]:
+    """Gradients of a state from those of what it ``entered`` as."""
+    if not derives(spec):
+        return list(grads)
+    of_dual, of_momentum, of_anchor = _parts(grads, spec)
+    duals, _, anchor = _parts(entered, spec)
+    return [
+        *(g / factor_of(u, spec) for g, u in zip(of_dual, anchor, strict=True)),
+        *of_momentum,
+        *(x - _inner(g, d) * _slope(u, spec) for x, g, d, u in zip(of_anchor, of_dual, duals, anchor, strict=True)),
+    ]
+
+
+def leave_backward(grads: Sequence[Tensor], flat: Sequence[Tensor], spec: MemorySpec) -> list[Tensor]:
+    """Gradients of D, S and the anchor from those of what they leave a call as."""
+    if not derives(spec):
+        return list(grads)
+    of_weights, of_momentum, of_anchor = _parts(grads, spec)
+    duals, _, anchor = _parts(flat, spec)
+    return [
+        *(g * factor_of(u, spec) for g, u in zip(of_weights, anchor, strict=True)),
+        *of_momentum,
+        *(
+            x + _inner(g, d) * factor_of(u, spec) * _slope(u, spec)
+            for x, g, d, u in zip(of_anchor, of_weights, duals, anchor, strict=True)
+        ),
+    ]
