@@ -36,6 +36,7 @@ class MemoryRule(Strict):
     lp_sharpness: Positive = 10.0
     lp_smoothing: Positive = 1e-6
     lq_power: Annotated[float, Field(ge=2)] = 4.0
+    gates: Literal["head", "channel"] = "head"
     step_max: Positive = 2.0
 
     @property

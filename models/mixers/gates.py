@@ -13,9 +13,10 @@ from ..mixer_config import MemoryRule
 
 
 class MemoryGates(nn.Module):
-    """Step θ, retention a and momentum η of every token and head, from one projection z = x W + b, in float32.
+    """Step θ, retention a and momentum η of every token and head, or with ``gates: channel`` of each of its channels,
+    from one projection z = x W + b, in float32.
 
-        log a = −softplus(z_a) · r,  r learnt per head     the form of Mamba-2 and Gated DeltaNet
+        log a = −softplus(z_a) · r,  r learnt, like b      the form of Mamba-2 and Gated DeltaNet
         log η = logsigmoid(z_η)
         θ     = step_max · sigmoid(z_θ) · (1 − η) / (C n c κ)   C the chunk's length, n the number of matrices
         γ     = sigmoid(z_γ)                                with a window of c tokens
@@ -32,7 +33,7 @@ class MemoryGates(nn.Module):
     about the size of the error of a memory that ends in a LayerNorm. The decays that linear memories start with, up to
     0.1, ruin a deep one. Without a LayerNorm its matrices all shrink together, and zero is a place that no gradient
     leads out of. With one, the output keeps its size while the weights shrink, so that the gradient grows as their
-    inverse, without bound along a sequence of several 1 / r.
+    inverse, without bound along a sequence of several 1 / r. Every channel starts as a head would.
     """
 
     def __init__(self, model: ModelConfig, memory: MemoryRule, heads: int, project: bool = True) -> None:
@@ -42,13 +43,14 @@ class MemoryGates(nn.Module):
         self.scale = memory.step_max / (spec.chunk_size * spec.layers * spec.window * curvature(spec, self.width))
         self.decays, self.moves = spec.retention_gate, spec.momentum_gate
         self.refits, self.tolerates = spec.window > 1, spec.bias == "huber"
+        own = self.own = (heads, self.width) if spec.gates == "channel" else (heads,)
         self.proj = Linear(model.dim, self.outputs, model.init_std) if project else None  # else somebody gives z
-        self.step_bias = nn.Parameter(torch.empty(heads))
+        self.step_bias = nn.Parameter(torch.empty(own))
         if self.decays:
-            self.retain_bias = nn.Parameter(torch.empty(heads))
-            self.retain_log = nn.Parameter(torch.empty(heads))
+            self.retain_bias = nn.Parameter(torch.empty(own))
+            self.retain_log = nn.Parameter(torch.empty(own))
         if self.moves:
-            self.momentum_bias = nn.Parameter(torch.empty(heads))
+            self.momentum_bias = nn.Parameter(torch.empty(own))
         if self.refits:
             self.gamma_bias = nn.Parameter(torch.empty(heads))
         if self.tolerates:
@@ -58,7 +60,11 @@ class MemoryGates(nn.Module):
     @property
     def outputs(self) -> int:
         """Channels of z."""
-        return self.heads * (1 + self.decays + self.moves + self.refits + self.tolerates)
+        return sum(math.prod(shape) for shape in self._shapes())
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """What one token has of each gate, in the order of z."""
+        return [self.own] * (1 + self.decays + self.moves) + [(self.heads,)] * (self.refits + self.tolerates)
 
     def reset_parameters(self) -> None:
         """n Σ θ / (1 − η) = min(1, step_max / 2) over a chunk; softplus(b_a) = 1; r log-uniform; η = 0.9; softplus(b_δ)
@@ -77,7 +83,7 @@ class MemoryGates(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [B, T, dim] → ``step`` θ, ``log_retain``, ``log_momentum``, ``gamma`` and ``delta``, those that the memory
-        takes, each [B, T, H] in float32 (float64 for float64 x)."""
+        takes, as the operation takes them, in float32 (float64 for float64 x)."""
         assert self.proj is not None
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         with full_precision(x.device):
@@ -86,7 +92,9 @@ class MemoryGates(nn.Module):
     def activate(self, z: Tensor) -> dict[str, Tensor]:
         """The same from z [B, T, ``outputs``], b not yet added."""
         kind = torch.float64 if z.dtype == torch.float64 else torch.float32
-        parts = list(z.to(kind).split(self.heads, dim=-1))
+        shapes = self._shapes()
+        split = z.to(kind).split([math.prod(shape) for shape in shapes], dim=-1)
+        parts = [part.unflatten(-1, shape) for part, shape in zip(split, shapes, strict=True)]
         gates = {"step": torch.sigmoid(parts.pop(0) + self.step_bias.to(kind)) * self.scale}
         if self.decays:
             rate = self.retain_log.to(kind).exp()
@@ -103,9 +111,10 @@ class MemoryGates(nn.Module):
 
     def named(self, z: Tensor) -> dict[str, Tensor]:
         """θ as ``step``, a as ``retention``, η as ``momentum``, γ as ``gamma``, δ as ``delta``, of z [..., outputs]:
-        [..., H] each, where used."""
+        [..., H] each, where used; a mean over channels."""
         names = {"log_retain": "retention", "log_momentum": "momentum"}
-        return {names.get(name, name): y.exp() if name in names else y for name, y in self.activate(z).items()}
+        found = {names.get(name, name): y.exp() if name in names else y for name, y in self.activate(z).items()}
+        return {name: y.mean(-1) if y.dim() > z.dim() else y for name, y in found.items()}
 
 
 def curvature(spec: MemorySpec, width: int) -> float:

@@ -43,6 +43,11 @@ def _loss(o: Tensor, v: Tensor, delta: Tensor | None, spec: MemorySpec) -> Tenso
     return inner_loss(o, v, delta, spec)
 
 
+def _by_head(gate: Tensor) -> Tensor:
+    """A gate [B, T, H], or its mean over channels [B, T, H, D]."""
+    return gate if gate.dim() == 3 else gate.mean(-1)
+
+
 class MemoryLayer(Mixer):
     """A neural memory per head and the layer around it (Titans, section 4.4).
 
@@ -212,10 +217,11 @@ class MemoryLayer(Mixer):
         gates = self.gates(x)
         found, effective = {}, gates["step"]
         if "log_retain" in gates:
-            found["retention"] = gates["log_retain"].exp()
+            found["retention"] = _by_head(gates["log_retain"].exp())
         if "log_momentum" in gates:
-            found["momentum"] = gates["log_momentum"].exp()
+            found["momentum"] = _by_head(gates["log_momentum"].exp())
             effective = effective / -torch.expm1(gates["log_momentum"])
+        effective = _by_head(effective)
         if "gamma" in gates:
             effective = effective * gates["gamma"] * self.spec.window
         found["step"] = effective * self.spec.chunk_size

@@ -27,7 +27,14 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "lmm, dot": {"kind": "neural_memory", "memory": {**MEMORY, "bias": "dot", "chunk_size": 1}},
     "lmm, omega": {
         "kind": "neural_memory",
-        "memory": {**MEMORY, "bias": "huber", "rule": "muon", "window": 3, "features": {"degree": 3}},
+        "memory": {
+            **MEMORY,
+            "bias": "huber",
+            "rule": "muon",
+            "window": 3,
+            "features": {"degree": 3},
+            "gates": "channel",
+        },
     },
     "lmm, gated": {
         "kind": "neural_memory",
@@ -80,6 +87,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
             "retention": "norm",
             "rule": "muon_gd",
             "ns_steps": 2,
+            "gates": "channel",
         },
     },
     "tnt": {
@@ -97,7 +105,14 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "rule": "neural",
         "shared": False,
         "projections": "shared",
-        "memory": {"network": "linear", "rule": "gd", "retention": "none", "chunk_size": 4, "read_after_write": False},
+        "memory": {
+            "network": "linear",
+            "rule": "gd",
+            "retention": "none",
+            "chunk_size": 4,
+            "read_after_write": False,
+            "gates": "channel",
+        },
     },
     "mixture, neural, omega": {
         **MIXTURE,
@@ -144,10 +159,10 @@ def small_model(mixer: dict[str, Any] | list[dict[str, Any]], **keys: Any) -> di
     return {"vocab_size": 11, "dim": DIM, "layers": 2, "mixer": mixer, "ffn_hidden": 16, "init_std": 0.4, **keys}
 
 
-def small_mixer(name: str, seed: int = 0) -> Mixer:
-    """A registered mixer in float64."""
+def small_mixer(name: str, seed: int = 0, **keys: Any) -> Mixer:
+    """A registered mixer in float64; ``keys`` stand in place of those of its section."""
     torch.manual_seed(seed)
-    config = validate(ModelConfig, small_model(REGISTRY[name]))
+    config = validate(ModelConfig, small_model(REGISTRY[name] | keys))
     return make_mixer(config, config.mixer_of(0)).double()
 
 

@@ -76,6 +76,7 @@ SPACE = {
     "lact": {"network": "gated_mlp", "bias": "dot", "retention": "norm", "rule": "muon_gd"},
     "deep": {"depth": 4},
     "linear": {"network": "linear", "retention": "lq"},
+    "channels": {"retention": "lq", "gates": "channel"},
 }
 
 
@@ -96,3 +97,35 @@ def test_one_chunk_moves_a_memory_by_a_step_of_order_one(name: str) -> None:
         moved.append(((after - before).norm() / before.norm()).item())
     assert all(0.1 < x < (0.6 if memory.spec.norm else 1.0) for x in moved), moved
     assert 0.5 < moved[0] / moved[1] < 2.0, moved
+
+
+def test_channels_start_as_a_head_and_are_seen_as_their_mean() -> None:
+    """Without a projection every gate of a channel is a head's at the start; what is told of them is one a head."""
+    config = validate(ModelConfig, small_model({"kind": "neural_memory"}))
+    made = {}
+    for kind in ("head", "channel"):
+        memory = MemoryConfig(heads=2, chunk_size=4, gates=kind, window=2, bias="huber")
+        made[kind] = MemoryLayer(config, memory)
+    layer, x = made["channel"], draw(2, 9, config.dim).float()
+    none = torch.zeros(1, 3, 1)
+    found, wanted = (
+        gates.activate(none.expand(1, 3, gates.outputs)) for gates in (made[kind].gates for kind in ("channel", "head"))
+    )
+    for name, gate in found.items():
+        wide = name in ("step", "log_retain", "log_momentum")
+        assert gate.shape == (1, 3, 2, layer.width) if wide else (1, 3, 2)
+        if name == "log_retain":  # its rate is drawn, softplus(b) being 1
+            rate = layer.gates.retain_log.exp()
+            torch.testing.assert_close(gate, -rate.expand_as(gate))
+            assert rate.unique().numel() == rate.numel()
+        else:
+            assert gate.equal(wanted[name].unsqueeze(-1).expand_as(gate) if wide else wanted[name])
+    seen, told = layer.observe(x), layer.diagnose(x)
+    gates = layer.gates(x)
+    assert all(value.shape == (2, 9) for value in seen.values()) and all(value.dim() == 0 for value in told.values())
+    torch.testing.assert_close(seen["retention"], gates["log_retain"].exp().mean((-1, -2)))
+    named = layer.gates.named(torch.nn.functional.linear(x, layer.gates.proj.weight))
+    torch.testing.assert_close(named["momentum"].mean(-1), seen["momentum"])
+    effective = (gates["step"] / -torch.expm1(gates["log_momentum"])).mean(-1) * gates["gamma"] * 2
+    torch.testing.assert_close(seen["step"], 4 * effective.mean(-1))
+    assert layer.recall(x[:1], [0, 5, 9]).shape == (3, 9)

@@ -183,13 +183,20 @@ def mac(mixer: MemoryAsContext, x: Tensor, squash: Callable[[Tensor], Tensor]) -
 
 
 def gates_of(g: MemoryGates, spec: MemorySpec, x: Tensor) -> dict[str, Tensor]:
-    """What gates say of tokens x [T, dim], each [1, T, H]."""
-    z = list(F.linear(x, g.proj.weight).split(g.heads, -1))
+    """What gates say of tokens x [T, dim], each [1, T, H]; of channels [1, T, H, D], their rows in the heads' order."""
+    rows = g.width if spec.gates == "channel" else 1
+    moves, keeps = spec.rule in ("momentum", "muon"), spec.retention in ("l2", "lq", "kl")
+    z, weight = [], g.proj.weight
+    for own in [rows] * (1 + keeps + moves) + [1] * ((spec.window > 1) + (spec.bias == "huber")):
+        of_heads, weight = weight[: g.heads * own].view(g.heads, own, -1), weight[g.heads * own :]
+        z.append(torch.stack([x @ head.T for head in of_heads], 1))
+    z = [part if part.shape[-1] > 1 else part[..., 0] for part in z]
+    assert not len(weight)
     step = torch.sigmoid(z.pop(0) + g.step_bias) * g.memory.step_max / (spec.chunk_size * spec.layers * spec.window)
     gates = {}
-    if spec.retention in ("l2", "lq", "kl"):
+    if keeps:
         gates["log_retain"] = -F.softplus(z.pop(0) + g.retain_bias) * g.retain_log.exp()
-    if spec.rule in ("momentum", "muon"):
+    if moves:
         momentum = torch.sigmoid(z.pop(0) + g.momentum_bias)
         gates["log_momentum"], step = momentum.log(), step * (1 - momentum)
     if spec.window > 1:
@@ -270,12 +277,23 @@ def plain(mixer: dict) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name, wanted", [("lmm, omega", of_the_space), ("lmm, gated", of_the_space), ("tnt", tnt), ("lact", lact)]
+    "name, wanted",
+    [
+        ("lmm, omega", of_the_space),
+        ("lmm, gated", of_the_space),
+        ("tnt", tnt),
+        ("tnt, channels", tnt),
+        ("lact", lact),
+    ],
 )
 def test_the_layer_around_any_memory(name: str, wanted: Callable[..., Tensor]) -> None:
-    mixer: MemoryLayer = small_mixer(name).requires_grad_(False)
+    keys = {}
+    if name == "tnt, channels":
+        name = "tnt"
+        keys = {part: {**REGISTRY[name][part], "gates": "channel"} for part in ("memory", "local")}
+    mixer: MemoryLayer = small_mixer(name, **keys).requires_grad_(False)
     for parameter in mixer.parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or parameter.shape == (mixer.heads, mixer.width):
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     x = tokens(1, 17)
     assert (mixer(x)[0][0] - wanted(mixer, x[0])).abs().max() <= 1e-10
