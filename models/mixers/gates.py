@@ -43,7 +43,8 @@ class MemoryGates(nn.Module):
         self.scale = memory.step_max / (spec.chunk_size * spec.layers * spec.window * curvature(spec, self.width))
         self.decays, self.moves = spec.retention_gate, spec.momentum_gate
         self.refits, self.tolerates = spec.window > 1, spec.bias == "huber"
-        own = self.own = (heads, self.width) if spec.gates == "channel" else (heads,)
+        own: tuple[int, ...] = (heads, self.width) if spec.gates == "channel" else (heads,)
+        self.own = own
         self.proj = Linear(model.dim, self.outputs, model.init_std) if project else None  # else somebody gives z
         self.step_bias = nn.Parameter(torch.empty(own))
         if self.decays:
