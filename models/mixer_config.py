@@ -16,6 +16,8 @@ class MemoryRule(Strict):
 
     ``depth``, ``norm`` and ``residual``: null takes the network's default (mlp and gated_mlp: 2, true, true; linear: 1,
     false, false).
+    ``half_life``: in how many tokens a memory halves at the start of training, [least, most] of its heads; null takes
+    [7000, 70000] for a memory with a LayerNorm, whose gradient explodes over many of them, else [700, 7000].
     ``step_max`` bounds depth times the effective step of one chunk, sum of theta / (1 - eta), at every chunk length.
     """
 
@@ -37,7 +39,13 @@ class MemoryRule(Strict):
     lp_smoothing: Positive = 1e-6
     lq_power: Annotated[float, Field(ge=2)] = 4.0
     gates: Literal["head", "channel"] = "head"
+    half_life: tuple[Positive, Positive] | None = None
     step_max: Positive = 2.0
+
+    @property
+    def start_half_life(self) -> tuple[float, float]:
+        """``half_life``, or the network's default."""
+        return self.half_life or ((7e3, 7e4) if self.spec.norm else (7e2, 7e3))
 
     @property
     def spec(self) -> MemorySpec:
@@ -50,6 +58,12 @@ class MemoryRule(Strict):
     @model_validator(mode="after")
     def _fits_the_operation(self) -> Self:
         _ = self.spec  # names the field that the operation would refuse
+        if self.half_life is not None:
+            was = f"half_life was {list(self.half_life)}"
+            if self.half_life[0] > self.half_life[1]:
+                raise ValueError(f"{was}; the first number must not exceed the second")
+            if not self.spec.retention_gate:
+                raise ValueError(f"{was}; it must be null, for nothing decays with retention {self.retention!r}")
         return self
 
 

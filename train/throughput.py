@@ -26,7 +26,7 @@ WARMUP = 3
 
 
 def read_preset(path: Path) -> dict[str, Any]:
-    """The mapping in a preset's file: sections by indentation, ``{a: b}`` of values, lists of those, comments.
+    """The mapping in a preset's file: sections by indentation, ``{a: b}`` and ``[a, b]`` of values, lists of mappings, comments.
 
     A ``base`` is a key like any other here. That is all that ``configs/`` holds; a configuration of your own may hold
     any YAML, which ``read_config`` reads.
@@ -60,7 +60,9 @@ def read_preset(path: Path) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A mapping, a quoted text, a number, true, false, null, or plain text."""
+    """A mapping, a list, a quoted text, a number, true, false, null, or plain text."""
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(part.strip()) for part in text[1:-1].split(",") if part.strip()]
     if text.startswith("{") and text.endswith("}"):
         pairs = [pair.partition(":") for pair in _entries(text[1:-1]) if pair.strip()]
         return {key.strip(): _value(value.strip()) for key, _, value in pairs}
@@ -78,10 +80,10 @@ def _value(text: str) -> Any:
 
 
 def _entries(text: str) -> list[str]:
-    """What stands between the commas that no inner mapping encloses."""
+    """What stands between the commas that no inner mapping or list encloses."""
     entries = [""]
     for part in text.split(","):
-        inside = entries[-1].count("{") > entries[-1].count("}")
+        inside = any(entries[-1].count(a) > entries[-1].count(b) for a, b in ("{}", "[]"))
         entries = [*entries[:-1], f"{entries[-1]},{part}"] if inside else [*entries, part]
     return entries
 

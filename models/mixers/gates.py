@@ -29,11 +29,12 @@ class MemoryGates(nn.Module):
     stable up to 2 over the curvature, hence the default ``step_max`` of 2. Muon gives every write the same size: θ
     weighs tokens against each other.
 
-    r starts between 1e-4 and 1e-3, so that memories halve in 700 to 7,000 tokens, η at 0.9, γ at 0.88, and δ at √D,
-    about the size of the error of a memory that ends in a LayerNorm. The decays that linear memories start with, up to
-    0.1, ruin a deep one. Without a LayerNorm its matrices all shrink together, and zero is a place that no gradient
-    leads out of. With one, the output keeps its size while the weights shrink, so that the gradient grows as their
-    inverse, without bound along a sequence of several 1 / r. Every channel starts as a head would.
+    η starts at 0.9, γ at 0.88, and δ at √D, about the size of the error of a memory that ends in a LayerNorm; r so that
+    memories halve in ``half_life`` tokens. The decays that linear memories start with, up to 0.1, ruin a deep one.
+    Without a LayerNorm its matrices all shrink together, and zero is a place that no gradient leads out of. With one,
+    the output keeps its size while the weights shrink, and the gradient grows as their inverse, without bound along a
+    sequence of many half-lives: what is trained on longer sequences than the shortest of them wants longer ones.
+    Every channel starts as a head would.
     """
 
     def __init__(self, model: ModelConfig, memory: MemoryRule, heads: int, project: bool = True) -> None:
@@ -74,7 +75,8 @@ class MemoryGates(nn.Module):
         nn.init.constant_(self.step_bias, math.log(start / (1 - start)))
         if self.decays:
             nn.init.constant_(self.retain_bias, math.log(math.e - 1))
-            nn.init.uniform_(self.retain_log, math.log(1e-4), math.log(1e-3))
+            least, most = self.memory.start_half_life
+            nn.init.uniform_(self.retain_log, math.log(math.log(2) / most), math.log(math.log(2) / least))
         if self.moves:
             nn.init.constant_(self.momentum_bias, math.log(9.0))
         if self.refits:
