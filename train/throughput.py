@@ -26,7 +26,7 @@ WARMUP = 3
 
 
 def read_preset(path: Path) -> dict[str, Any]:
-    """The mapping in a preset's file: sections by indentation, ``{a: b}`` and ``[a, b]`` of values, lists of mappings, comments.
+    """The mapping in a preset's file: sections by indentation, ``{a: b}`` and ``[a, b]``, lists of mappings, comments.
 
     A ``base`` is a key like any other here. That is all that ``configs/`` holds; a configuration of your own may hold
     any YAML, which ``read_config`` reads.
