@@ -124,7 +124,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     )  # fmt: skip
     tl.debug_barrier()
     if SETTLE[0] == "lq":
-        factors_backward(kept, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, zero, SIZE, DEEP, NORM, SETTLE[1])
+        factors_backward(kept, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, zero, SIZE, DEEP, SETTLE[1])
         tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     opens = ((j * C) % CHUNK == 0) & ((j > 0) | (not STATE))

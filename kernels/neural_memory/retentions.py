@@ -91,8 +91,7 @@ def factor_backward(dual, grads, share, total, zero, SIZE: tl.constexpr, POWER: 
 
 
 @triton.jit
-def factors_backward(kept, u1, u2, grads1, grads2, zero, SIZE: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
-                     POWER: tl.constexpr):  # fmt: skip
+def factors_backward(kept, u1, u2, grads1, grads2, zero, SIZE: tl.constexpr, DEEP: tl.constexpr, POWER: tl.constexpr):
     """The same of both layers, from the shares that a step's passes have left."""
     share = tl.load(kept + BY_READS) + tl.load(kept + BY_ERROR)
     if DEEP:
