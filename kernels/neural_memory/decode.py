@@ -102,10 +102,10 @@ def neural_memory_decode(
         scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
     factors = (None, None)
     if SETTLE[0] == "lq":
-        by_last, _ = factor_of(last[2], zero, SIZE, SETTLE[1])
+        by_last = factor_of(last[2], zero, SIZE, SETTLE[1])[0]
         by_first = by_last
         if DEEP:
-            by_first, _ = factor_of(first[2], zero, SIZE, SETTLE[1])
+            by_first = factor_of(first[2], zero, SIZE, SETTLE[1])[0]
         factors = (by_first, by_last)
     out = tl.zeros([D], tl.float32)
     for start in range(0, F + zero, BF):
@@ -168,8 +168,9 @@ def neural_memory_decode(
 
 
 def decode_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Blocks of hidden units."""
-    return [Config((("BF", b),), 4, 1) for b in (32, 16) if b <= constants["F"]]
+    """Blocks of hidden units: of 16 only where the weights do not settle, with which they spill, or no others fit."""
+    every = [Config((("BF", b),), 4, 1) for b in (32, 16) if b <= constants["F"]]
+    return every if constants["SETTLE"][0] == "none" else every[:1]
 
 
 DECODE = Kernel(neural_memory_decode, decode_configs, decode_pairs)

@@ -125,4 +125,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
         width=128, packed=True, expansion=1, norm=False, rule="gd", retention="lq", lq_power=3.0
     ),
     "linear_d32_c16_lq_bf16": plan(width=32, network="linear", retention="lq", chunk_size=16),
+    "mlp_f256_huber_norm_retention_decode_bf16": partial(
+        call, MemorySpec(bias="huber", retention="norm"), length=1, decode=True
+    ),
+    "mlp_f256_lp_lq_decode_bf16": partial(call, MemorySpec(bias="lp", retention="lq"), length=1, decode=True),
 }
