@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,22 @@ class Checkpointer:
         folder: a run's ``checkpoints`` folder.
         keep_last: how many checkpoints stay; older ones are removed after each save.
         identity: the config that a checkpoint must agree with to be restored (a run's ``model`` section).
+        complete: fills in, in the identity of a checkpoint, keys that there were not yet when it was written.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 2, identity: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        keep_last: int = 2,
+        identity: Mapping[str, Any] | None = None,
+        complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ):
         if keep_last < 1:
             raise ValueError(f"keep_last was {keep_last}; it must be at least 1")
         self.folder = Path(folder)
         self.keep_last = keep_last
-        self.identity = json.loads(json.dumps(identity or {}))
+        self.identity = _plain(identity or {})
+        self.complete = complete
         self._sound: set[Path] = set()
 
     def clean(self) -> None:
@@ -180,7 +188,7 @@ class Checkpointer:
         if path not in self._sound and (problems := damages(path)):
             raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        differing = differences(manifest["model"], self.identity)
+        differing = differences(_plain(self.complete(manifest["model"])), self.identity)
         if differing:
             raise ConfigMismatch(f"checkpoint {path} does not fit this config: " + "; ".join(differing))
         state = _state(model, optimizer)
@@ -232,6 +240,11 @@ def _damages(path: Path, rank: int, size: int) -> list[str]:
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(value))
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

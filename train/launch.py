@@ -5,14 +5,15 @@ import fcntl
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..models import MemoryLM, build
+from ..models import MemoryLM, ModelConfig, build
 from ..models.config import load_yaml
 from . import optim, parallel
 from .checkpoint import Checkpointer, ConfigMismatch, differences
@@ -24,6 +25,14 @@ from .split import Split
 from .start import freeze_backbone, start_from
 
 logger = logging.getLogger("palimpsest.train")
+
+
+def complete_model(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A ``model`` section with every key there is today; one that is no longer valid, as it is."""
+    try:
+        return ModelConfig.model_validate(section).model_dump(mode="json")
+    except ValueError:
+        return section  # what differs will be told
 
 
 @contextmanager

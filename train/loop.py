@@ -91,7 +91,7 @@ def _train(config: RunConfig, world: World, listener: Callable[[Record], None] |
     settings, folder = config.train, config.folder
     settings.micro_batches(world.size)  # refuses a batch that does not divide, before anything is written
     launch.claim(folder, config, world)
-    saver = Checkpointer(folder / "checkpoints", settings.keep_last, config.plain()["model"])
+    saver = Checkpointer(folder / "checkpoints", settings.keep_last, config.plain()["model"], launch.complete_model)
     saver.clean()
     newest = saver.latest_valid()
     if newest is not None and step_of(newest) >= settings.steps and (folder / "model.safetensors").exists():

@@ -106,14 +106,15 @@ def _memory(draw: Draw, sizes: Sizes, spec: MemorySpec) -> dict[str, Any]:
     b, t, h, d = (sizes[name] for name in "BTHD")
     shapes = spec.weight_shapes(h, d, d)
     size = 0.1 / (spec.chunk_size * len(shapes))
+    gates = (b, t, h, d) if spec.gates == "channel" else (b, t, h)
     spread = [1.0 if spec.norm else (4 / s[2] if len(shapes) > 1 else 1 / d) ** 0.5 for s in shapes]
     return {
         "q": draw.unit(b, t, h, d),
         "k": draw.unit(b, t, h, d),
         "v": draw.normal(b, t, h, d),
-        "step": draw.gate(0.5 * size, size, b, t, h),
-        "log_retain": draw.gate(-1e-3, -1e-4, b, t, h) if spec.retention_gate else None,
-        "log_momentum": draw.gate(-0.3, -0.1, b, t, h) if spec.momentum_gate else None,
+        "step": draw.gate(0.5 * size, size, *gates),
+        "log_retain": draw.gate(-1e-3, -1e-4, *gates) if spec.retention_gate else None,
+        "log_momentum": draw.gate(-0.3, -0.1, *gates) if spec.momentum_gate else None,
         "gamma": draw.gate(0.1, 1.0, b, t, h) if spec.window > 1 else None,
         "delta": draw.gate(1.0, 4.0, b, t, h) if spec.bias == "huber" else None,
         "weights": [draw.normal(*shape, scale=s) for shape, s in zip(shapes, spread, strict=True)],
@@ -278,6 +279,7 @@ def _memories() -> list[Workload]:
         "mlp_muon_c64": MemorySpec(rule="muon"),
         "gated_mlp_c64": MemorySpec(network="gated_mlp"),
         "mlp_depth3_c64": MemorySpec(depth=3),
+        "mlp_channel_c64": MemorySpec(gates="channel"),
     }
     return [
         Workload(

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from palimpsest.models.mixer_config import MemoryConfig
 from palimpsest.train import checkpoint as module
 from palimpsest.train.checkpoint import MANIFEST, Checkpointer, CheckpointError, ConfigMismatch, differences
+from palimpsest.train.launch import complete_model
 from palimpsest.train.optim import adamw
 
 IDENTITY = {"dim": 8, "layers": 2, "mixer": [{"kind": "attention"}]}
@@ -290,6 +292,22 @@ def test_another_models_checkpoint_is_an_error_that_names_the_keys(tmp_path):
     other = IDENTITY | {"dim": 16, "mixer": [{"kind": "titans_mag"}]}
     with pytest.raises(ConfigMismatch, match="does not fit this config: dim: 8 -> 16; mixer: .*attention.*titans_mag"):
         Checkpointer(tmp_path, identity=other).restore(path, model, optimizer)
+
+
+def test_keys_that_came_later_are_filled_in(tmp_path):
+    model, optimizer = trained()
+    path = Checkpointer(tmp_path, identity=IDENTITY).save(1, model, optimizer)
+    now = IDENTITY | {"new": None}
+    with pytest.raises(ConfigMismatch, match="new: 'absent' -> None"):
+        Checkpointer(tmp_path, identity=now).restore(path, model, optimizer)
+    assert Checkpointer(tmp_path, 2, now, lambda old: {"new": None} | dict(old)).restore(path, model, optimizer)
+
+
+def test_a_model_section_is_completed_and_a_faulty_one_left():
+    old = {"vocab_size": 8, "dim": 8, "layers": 1, "mixer": {"kind": "neural_memory", "memory": {"heads": 2}}}
+    full = complete_model(old)
+    assert full["mixer"][0]["memory"] == MemoryConfig(heads=2).model_dump(mode="json") and full["dim"] == 8
+    assert complete_model({"dim": "wide"}) == {"dim": "wide"}
 
 
 def test_weights_of_another_shape_are_an_error(tmp_path):

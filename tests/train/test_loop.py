@@ -12,7 +12,8 @@ from training import STEPS, learnt
 from palimpsest.models import load
 from palimpsest.models.config import ConfigError
 from palimpsest.train import launch, parallel, read_config, train
-from palimpsest.train.checkpoint import ConfigMismatch
+from palimpsest.train.checkpoint import MANIFEST, ConfigMismatch
+from palimpsest.train.config import RunConfig
 from palimpsest.train.data import DataError, prepare
 from palimpsest.train.split import IGNORE
 
@@ -191,6 +192,24 @@ def test_a_folder_where_a_run_is_at_work_is_refused(content, tmp_path):
 def test_settings_that_do_not_change_what_is_learnt_may_change(content, started):
     assert train(read(content, train__log_every=3, eval__prompt="x")).status == "complete"
     assert yaml.safe_load((started / "config.yaml").read_text())["train"]["log_every"] == 3
+
+
+def test_a_checkpoint_from_before_a_key_was_there_fits(content, tmp_path, monkeypatch):
+    """Its model section, as it was written then, lacks a key of the mixer's."""
+    old, now = tmp_path / "run", tmp_path / "new"
+    with monkeypatch.context() as then:
+        plain = RunConfig.plain
+        then.setattr(RunConfig, "plain", lambda self: without(plain(self), "rope"))
+        train(read(content, train__steps=4))
+    (manifest,) = (json.loads(path.read_text()) for path in old.glob(f"checkpoints/step-000004/{MANIFEST}"))
+    assert "rope" not in manifest["model"]["mixer"][0] and "heads" in manifest["model"]["mixer"][0]
+    assert train(read(content, train__out=str(now), train__steps=6, train__resume=str(old))).resumed_from == 4
+
+
+def without(plain, key):
+    """A run's configuration whose mixers have one key less."""
+    mixers = [{name: value for name, value in mixer.items() if name != key} for mixer in plain["model"]["mixer"]]
+    return plain | {"model": plain["model"] | {"mixer": mixers}}
 
 
 def test_a_new_run_may_start_from_another_ones_checkpoint_of_the_same_model(content, started, tmp_path):
