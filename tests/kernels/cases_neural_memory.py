@@ -99,7 +99,10 @@ def register(name: str, spec: MemorySpec, block: int, **options: Any) -> None:
 #: choices. A block of half a chunk: states in the middle of one, and sequences that end in the second.
 TRITON = ("mlp", 2, True, True, "l2", "l2", "momentum", 16, True)
 
+#: All there is of tensors and layers: the others differ from one of these in numbers.
+OPERATORS = ("titans", "mlp_plain", "deepest", "linear")
+
 for name, row in ROWS.items():
     spec = memory(row)
-    register(name, spec, max(spec.chunk_size, 3))
+    register(name, spec, max(spec.chunk_size, 3), operator=name in OPERATORS)
 register("triton", memory(TRITON, 1), 8, heads=1, width=16, single=1e-5, backends=("triton",))

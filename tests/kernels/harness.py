@@ -65,7 +65,9 @@ class OperationCase:
     ``return_state``, with ``packed`` it takes ``cu_seqlens``. ``block`` is the length at which its inner form changes:
     a window, a chunk. ``cost(arguments)`` gives the costs of forward and backward, or is None. ``exact``, ``single``:
     the tolerances in float64 and float32, where a case has a reason for its own. ``backends``: those it runs on. On
-    ``triton`` (the interpreter, where there is no GPU) every check is made in float32, to ``single``.
+    ``triton`` (the interpreter, where there is no GPU) every check is made in float32, to ``single``. ``operator``:
+    whether a registered operator's own checks, which cost seconds, are made of it: not of cases that differ from
+    another in what is computed, and neither in which tensors there are nor in their shapes.
     """
 
     name: str
@@ -81,6 +83,7 @@ class OperationCase:
     single: float = SINGLE
     half: bool = True
     backends: tuple[str, ...] = ("reference", "torch")
+    operator: bool = True
 
     @property
     def tolerance(self) -> float:
