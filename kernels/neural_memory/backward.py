@@ -50,7 +50,7 @@ def run_backward(
     d_tokens = [torch.empty_like(x) for x in (q, k, v)]
     d_delta = None if delta is None else torch.empty_like(delta)
     entered = enter(state, spec)
-    final = unpack(kept[1], weights) if derives(spec) else []
+    final = unpack(kept[1], weights, spec) if derives(spec) else []
     # By the reads of a step and by its error; zero where there is no step.
     d_norms = step.new_zeros((0 if norm is None else of_steps[0].shape[0], q.shape[2], 2, q.shape[3]))
     arguments = {
@@ -59,11 +59,11 @@ def run_backward(
         "d_o_ptr": grad_o.contiguous(),
         **dict(zip(("write_ptr", "vectors_ptr", "ends_ptr"), of_steps, strict=True)),
         "norm_ptr": step if norm is None else norm.contiguous(),
-        "start_ptr": pack(entered or weights, spec.layers),
+        "start_ptr": pack(entered or weights, spec),
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
         "kept_ptr": kept[0],
-        "end_ptr": pack(leave_backward(grad_state, final, spec), spec.layers),
+        "end_ptr": pack(leave_backward(grad_state, final, spec), spec),
         **dict.fromkeys(("o_ptr", "state_ptr"), step),  # of the forward alone
         **dict(zip(("d_q_ptr", "d_k_ptr", "d_v_ptr"), d_tokens, strict=True)),
         **dict(zip(("d_write_ptr", "d_vectors_ptr", "d_ends_ptr"), d_of_steps, strict=True)),
@@ -75,9 +75,9 @@ def run_backward(
     d_state = walk_segments(arguments, constants, rows, spec)
     d_gates = run_gates_backward(d_of_steps, *gates)
     if state:
-        found = enter_backward(unpack(d_state, weights), entered, spec)
+        found = enter_backward(unpack(d_state, weights, spec), entered, spec)
     else:
-        found = unpack(d_state.sum(0), weights)[: len(weights)]
+        found = unpack(d_state.sum(0), weights, spec)[: len(weights)]
         found = [x.to(w.dtype) for x, w in zip(found, weights, strict=True)]
     return [*d_tokens, *d_gates, d_delta, None if norm is None else d_norms.sum((0, 2)).to(norm.dtype), *found]
 
@@ -88,7 +88,7 @@ def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: in
     q, end = arguments["q_ptr"], arguments["end_ptr"]
     heads, d, f, c, chunk, every = (constants[name] for name in ("H", "D", "F", "C", "CHUNK", "EVERY"))
     steps = every * chunk // c
-    small, wide = workspace_sizes(c, d, f)
+    small, wide = workspace_sizes(c, d, f, spec.layers)
     size = end.shape[-1] // (3 if spec.has_momentum else 2)
     d_states = end.new_empty((2, *end.shape))
     arguments = arguments | {

@@ -14,38 +14,39 @@ from .tiles import anchor_of, copy, fold, found_anew, segment_steps, sequence, s
 @triton.jit
 def unsettle(j, segment, program, length, place, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero,
              D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
-             DEEP: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+             LAYERS: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
     """Back through the end of the chunk that step j completes."""
     SIZE: tl.constexpr = D * F
-    LAYERS: tl.constexpr = 2 if DEEP else 1
     PAIR: tl.constexpr = COPIES * SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
     _, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     states = states_ptr + (program - segment) * STEPS * (LAYERS * PAIR)
-    u1, u2 = anchor_of(
+    u1, u2, u3 = anchor_of(
         states, start_ptr + program * (LAYERS * (PAIR + SIZE)), j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE
     )
-    through = settled_ptr + program * settled_numbers(LAYERS * PAIR, EVERY, D, F)
+    through = settled_ptr + program * settled_numbers(LAYERS, PAIR, EVERY, D, F)
     weights = tl.where(j == after - 1, through, states + (j + 1) * (LAYERS * PAIR))
-    scales = scales_of(settled_ptr, program, j * C // CHUNK - segment * EVERY, LAYERS * PAIR, EVERY, D, F)
+    scales = scales_of(settled_ptr, program, j * C // CHUNK - segment * EVERY, LAYERS, PAIR, EVERY, D, F)
     grads = d_before_ptr + program * (LAYERS * (PAIR + SIZE))
     last = grads + (LAYERS - 1) * (PAIR + SIZE)
     settle_backward(u2, weights + (LAYERS - 1) * PAIR, scales, last, last + PAIR, zero, F, D, BF, D)
-    if DEEP:
+    if LAYERS > 1:
         settle_backward(u1, weights, scales + D, grads, grads + PAIR, zero, D, F, D, BF)
+    if LAYERS == 3:
+        above = grads + PAIR + SIZE
+        settle_backward(u3, weights + PAIR, scales + D + F, above, above + PAIR, zero, D, F, D, BF)
 
 
 @triton.jit
 def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
                position_ptr, cu_ptr, states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr,
                d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H: tl.constexpr, D: tl.constexpr,
-               F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr,
+               F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
                NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr,
                MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr,
                PRECISION: tl.constexpr, BF: tl.constexpr):  # fmt: skip
     """One step: its passes, one after the other."""
     SIZE: tl.constexpr = D * F
-    LAYERS: tl.constexpr = 2 if DEEP else 1
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
     PAIR: tl.constexpr = COPIES * SIZE
     WHOLE: tl.constexpr = PAIR + SIZE
@@ -57,48 +58,49 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
         if ((j + 1) * C % CHUNK == 0) & ((j + 1) * C <= place + length):
             unsettle(
                 j, segment, program, length, place, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero, D, F, CHUNK,
-                C, EVERY, DEEP, COPIES, STATE, BF,
+                C, EVERY, LAYERS, COPIES, STATE, BF,
             )  # fmt: skip
             tl.debug_barrier()
     for part in tl.static_range(3):
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         at = program * STEPS + j - segment * STEPS
-        small, wide = workspace(small_ptr, wide_ptr, at, C, D, F)
+        small, wide = workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)
         last_update(
             q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR) + (LAYERS - 1) * PAIR,
             d_before_ptr + program * (LAYERS * WHOLE) + (LAYERS - 1) * WHOLE, vectors_ptr + slot * (4 * C),
             ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C, BF,
-            DEEP, MOMENTUM, part == 0, part == 1, part == 2, DT, PRECISION,
+            LAYERS, MOMENTUM, part == 0, part == 1, part == 2, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
-    if DEEP:
-        for part in tl.static_range(3):
+    if LAYERS > 1:
+        # Of W1, and where there is one of W3, which follows it.
+        for part in tl.static_range(3 * (LAYERS - 1)):
             program, h, slot, begin, length, place = found_anew(
                 zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
             )
             tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
             at = program * STEPS + j - segment * STEPS
-            small, wide = workspace(small_ptr, wide_ptr, at, C, D, F)
+            small, wide = workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)
             first_update(
-                q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR),
-                d_before_ptr + program * (LAYERS * WHOLE), vectors_ptr + slot * (4 * C), ends_ptr + slot * 4,
-                d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C, BF, MOMENTUM,
-                part == 0, part == 1, part == 2, DT, PRECISION,
+                q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR) + part // 3 * PAIR,
+                d_before_ptr + program * (LAYERS * WHOLE) + part // 3 * WHOLE, vectors_ptr + slot * (4 * C),
+                ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C,
+                BF, part // 3 == 1, MOMENTUM, part % 3 == 0, part % 3 == 1, part % 3 == 2, DT, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
-        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F)
-        _, u2 = anchor_of(
+        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F, LAYERS)
+        anchor = anchor_of(
             states_ptr + (program - segment) * STEPS * (LAYERS * PAIR), start_ptr + program * (LAYERS * WHOLE),
             j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE,
         )  # fmt: skip
         if SETTLE[0] == "lq":
             kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
-        second_order(u2, kept, small, wide, zero, D, F, C, BF, DT, PRECISION)
+        second_order(anchor[1], kept, small, wide, zero, D, F, C, BF, LAYERS, DT, PRECISION)
         tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
-    small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F)
+    small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F, LAYERS)
     if SETTLE[0] == "lq":
         kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
     error_down(
@@ -108,31 +110,32 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
-    small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F)
-    u1, u2 = anchor_of(
+    small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F, LAYERS)
+    anchor = anchor_of(
         states_ptr + (program - segment) * STEPS * (LAYERS * PAIR), start_ptr + program * (LAYERS * WHOLE), j * C,
         CHUNK, C, SIZE, LAYERS, COPIES, STATE,
     )  # fmt: skip
     opens = ((j * C) % CHUNK == 0) & ((j > 0) | (not STATE))
     # Where a step is a whole chunk, the anchor is the weights it begins with.
     g1 = d_before_ptr + program * (LAYERS * WHOLE) + tl.where(opens & (C == CHUNK), 0, PAIR)
+    grads = g1, g1 + (LAYERS - 1) * WHOLE, g1 + WHOLE
     if SETTLE[0] == "lq":
         kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
     keys_down(
-        k_ptr, d_k_ptr, tok, valid, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, kept, small, wide, zero, D, F, C, BF, DEEP,
+        k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero, D, F, C, BF, LAYERS,
         NORM or BIAS[0] != "dot", DT, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
     if SETTLE[0] == "lq":
-        factors_backward(kept, u1, u2, g1, g1 + (LAYERS - 1) * WHOLE, zero, SIZE, DEEP, SETTLE[1])
+        factors_backward(kept, anchor, grads, zero, SIZE, LAYERS, SETTLE[1])
         tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     opens = ((j * C) % CHUNK == 0) & ((j > 0) | (not STATE))
     if opens & (HOLDS | (j * C + CHUNK > place + length)):
         # Here the weights became an anchor that later steps, or the next call, held beside them.
         for layer in tl.static_range(LAYERS):
-            grads = d_before_ptr + program * (LAYERS * WHOLE) + layer * WHOLE
-            fold(grads, grads + PAIR, zero, SIZE)
+            running = d_before_ptr + program * (LAYERS * WHOLE) + layer * WHOLE
+            fold(running, running + PAIR, zero, SIZE)
         tl.debug_barrier()
 
 
@@ -169,7 +172,7 @@ def neural_memory_carry(
     q_ptr, k_ptr, threshold_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, end_ptr,
     states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr,
     d_after_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
     PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +182,7 @@ def neural_memory_carry(
     ``end`` through."""
     begin_carry(
         segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after_ptr, zero, H, D, F, CHUNK, C, EVERY,
-        2 if DEEP else 1, 2 if MOMENTUM else 1, STATE, PACKED,
+        LAYERS, 2 if MOMENTUM else 1, STATE, PACKED,
     )  # fmt: skip
     for back in tl.range(0, EVERY * CHUNK // C, disable_licm=True):
         _, _, _, _, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, 0, H, C, PACKED, STATE)
@@ -189,6 +192,6 @@ def neural_memory_carry(
             carry_step(
                 j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
                 position_ptr, cu_ptr, states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr,
-                d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C, EVERY, DEEP,
+                d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C, EVERY, LAYERS,
                 NORM, RESIDUAL, BIAS, SETTLE, MOMENTUM, STATE, PACKED, DT, PRECISION, BF,
             )  # fmt: skip

@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 
 from .biases import error_of, residual_backward
-from .retentions import BY_BACKS, BY_ERROR, BY_KEYS, scaled
+from .hidden import hidden_backward, hidden_curve, hidden_of, hidden_slopes, silu, silu_slope
+from .retentions import BY_ABOVE_KEYS, BY_BACKS, BY_ERROR, BY_KEYS, scaled
 from .tiles import (
-    gelu,
-    gelu_curve,
-    gelu_slope,
+    above_parts,
+    hidden_at,
     hidden_parts,
     load_gates,
     load_norm,
+    pair_at,
     product,
     project,
     small_parts,
@@ -53,7 +54,7 @@ def carried(weights, grads, at, end_retain, end_carry, end_inertia, from_weight,
 
 @triton.jit
 def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide, zero,
-                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
                 MOMENTUM: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """Update of the last layer. SUM: adds to the gradient of Δ. BACK: adds to that of the hidden keys, writes those of
@@ -64,6 +65,7 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
     deltas, reads, _, _, _, _, _ = small_parts(small, C, D)
     _, _, hiddens, _, _, d_hiddens = hidden_parts(small, C, D, F)
     _, _, _, d_deltas, _, befores, _, _ = wide_parts(wide, C, D, F)
+    _, _, _, aboves, _ = above_parts(small, wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     delta = tl.load(tall(deltas, C, D)[0])
@@ -79,7 +81,10 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
         f = start + tl.arange(0, BF)
         at = f[None, :] * D + d[:, None]
         at_hidden = i[:, None] * F + f[None, :]
-        hidden = gelu(tl.load(befores + at_hidden))[0] if DEEP else token_rows(k_ptr, tok, valid, f).to(tl.float32)
+        if LAYERS > 1:
+            hidden = hidden_at(befores, aboves, at_hidden, LAYERS)
+        else:
+            hidden = token_rows(k_ptr, tok, valid, f).to(tl.float32)
         g_weight = tl.load(grads + at).to(DT)
         g_moment = g_weight
         if SUM:
@@ -98,7 +103,7 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
                 d_hidden -= by_g * end_momentum[:, None]
             tl.store(d_hiddens + at_hidden, d_hidden.to(DT))
         if CARRY:
-            if DEEP:
+            if LAYERS > 1:
                 read = tl.load(hiddens + at_hidden).to(tl.float32)
             else:
                 read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
@@ -125,13 +130,17 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
 
 @triton.jit
 def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide, zero,
-                 D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, MOMENTUM: tl.constexpr,
-                 SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
+                 D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, ABOVE: tl.constexpr,
+                 MOMENTUM: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """Update of the first layer, as :func:`last_update`; adds to the gradients of K (SUM) and of its Δ (BACK)."""
+    """Update of the first layer, or of W3 (ABOVE), as :func:`last_update`; adds to the gradients of K (SUM) and of its
+    Δ (BACK)."""
     SIZE: tl.constexpr = D * F
     retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = load_gates(vectors, ends, C)
-    delta1s, _, _, d_pres, d_delta1s, _ = hidden_parts(small, C, D, F)
+    if ABOVE:
+        delta1s, d_pres, d_delta1s, _, _ = above_parts(small, wide, C, D, F)
+    else:
+        delta1s, _, _, d_pres, d_delta1s, _ = hidden_parts(small, C, D, F)
     _, _, _, _, d_keys, _, _, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
@@ -191,11 +200,13 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
 
 @triton.jit
 def second_order(u2, kept, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Δ1 = B ⊙ gelu′, B = Δ2 U2ᵀ: adds to the gradient of Δ2; leaves those of B and of the keys' pre-activations.
+                 LAYERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Δ of the first matrices from B = Δ2 U2ᵀ: adds to the gradient of Δ2; leaves those of B and of the keys'
+    pre-activations.
     ``kept``, here and below: where the factors of lq lie, or None; B's gradient is left times the last layer's."""
     _, backs, _, _, d_delta1s, d_hiddens = hidden_parts(small, C, D, F)
     _, _, _, d_deltas, _, befores, _, _ = wide_parts(wide, C, D, F)
+    _, _, d_delta3s, aboves, _ = above_parts(small, wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     d_delta = tl.load(tall(d_deltas, C, D)[0])
@@ -206,17 +217,24 @@ def second_order(u2, kept, small, wide, zero, D: tl.constexpr, F: tl.constexpr, 
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at_hidden = i[:, None] * F + f[None, :]
-        before = tl.load(befores + at_hidden)
-        sigma = gelu(before)[1]
-        slope = gelu_slope(before, sigma)
+        before, above = pair_at(befores, aboves, at_hidden, LAYERS)
+        slope, slope_above = hidden_slopes(before, above, LAYERS)
         d_delta1 = tl.load(d_delta1s + at_hidden).to(tl.float32)
         d_back = d_delta1 * slope
+        if LAYERS == 3:
+            d_delta3 = tl.load(d_delta3s + at_hidden).to(tl.float32)
+            d_back += d_delta3 * slope_above
         if factor is not None:
             d_factor += tl.sum(d_back * tl.load(backs + at_hidden).to(tl.float32), 1)
         d_back = scaled(d_back, factor).to(DT)
         tl.store(d_delta1s + at_hidden, d_back)
         d_before = tl.load(d_hiddens + at_hidden) * slope
-        d_before += d_delta1 * tl.load(backs + at_hidden) * gelu_curve(before, sigma)
+        d_before += d_delta1 * tl.load(backs + at_hidden) * hidden_curve(before, above, LAYERS)
+        if LAYERS == 3:
+            mixed = tl.load(backs + at_hidden) * silu_slope(before, silu(before)[1])  # B ∂²h/∂before ∂above
+            d_before += d_delta3 * mixed
+            d_above = tl.load(d_hiddens + at_hidden) * slope_above + d_delta1 * mixed
+            tl.store(d_delta3s + at_hidden, d_above.to(DT))
         tl.store(d_hiddens + at_hidden, d_before.to(DT))
         d_delta += product(d_back, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
     tl.store(tall(d_deltas, C, D)[0], d_delta)
@@ -300,14 +318,29 @@ def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place,
 
 
 @triton.jit
-def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, kept, small, wide, zero, D: tl.constexpr,
-              F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr,
+def keys_first(kt, d_k, d_before, before, factor, weights, grads, at, DT: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """Through a block of W1 or W3: the gradient of K with what it adds, and its share of the factor's, [C]; adds to the
+    gradient of the anchor."""
+    d_factor = d_before
+    if factor is not None:
+        d_factor = tl.sum(d_before * before, 1)
+    d_before = scaled(d_before, factor)
+    d_k += product(d_before, tl.trans(tl.load(weights + at).to(DT)), DT, PRECISION)
+    tl.store(grads + at, tl.load(grads + at) + product(kt, d_before, DT, PRECISION))
+    return d_k, d_factor
+
+
+@triton.jit
+def keys_down(k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero, D: tl.constexpr,
+              F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, LAST: tl.constexpr,
               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): writes that of
-    K, and adds to those of the anchor, ``grads``."""
+    K, and adds to those of the anchor, ``grads``; of both where W1, W2 and W3 begin."""
     deltas, _, lasts, _, _, _, _ = small_parts(small, C, D)
     _, _, _, _, d_backs, d_befores = hidden_parts(small, C, D, F)
     _, _, _, _, d_keys, befores, _, _ = wide_parts(wide, C, D, F)
+    _, _, d_aboves, aboves, _ = above_parts(small, wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     kt = token_columns(k_ptr, tok, valid, d)
@@ -316,9 +349,13 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, kept, small, w
     delta_t = tl.load(tall(deltas, C, D)[1])
     d_k = tl.load(tall(d_keys, C, D)[0])
     factor = None
-    if DEEP and kept is not None:
+    above_factor = None
+    if LAYERS > 1 and kept is not None:
         factor = tl.load(kept + 2)
         d_factor = tl.zeros([C], tl.float32)
+        if LAYERS == 3:
+            above_factor = tl.load(kept + 4)
+            d_above_factor = tl.zeros([C], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
@@ -326,30 +363,39 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, u1, u2, grads1, grads2, kept, small, w
         at_hidden = i[:, None] * F + f[None, :]
         d_before = tl.load(d_befores + at_hidden).to(tl.float32)
         anchor2 = tl.zeros([D, BF], tl.float32)
-        if DEEP:
-            before = tl.load(befores + at_hidden)
-            hidden, sigma = gelu(before)
+        if LAYERS > 1:
+            before, above = pair_at(befores, aboves, at_hidden, LAYERS)
+            hidden = hidden_of(before, above, LAYERS)
             anchor2 += product(delta_t, tl.load(d_backs + at_hidden), DT, PRECISION)
         else:
             hidden = token_rows(k_ptr, tok, valid, f)
+        if LAYERS == 3:
+            d_above = tl.load(d_aboves + at_hidden).to(tl.float32)
         if LAST:
-            d_hidden = product(d_last, tl.load(u2 + at2), DT, PRECISION)
-            if DEEP:
-                d_hidden = d_hidden * gelu_slope(before, sigma)
+            d_hidden = product(d_last, tl.load(anchor[1] + at2), DT, PRECISION)
+            more_above = d_hidden
+            if LAYERS > 1:
+                d_hidden, more_above = hidden_backward(d_hidden, before, above, LAYERS)
             d_before += d_hidden
+            if LAYERS == 3:
+                d_above += more_above
             anchor2 += product(d_last_t, hidden, DT, PRECISION)
-        if DEEP or LAST:
-            tl.store(grads2 + at2, tl.load(grads2 + at2) + anchor2)
-        if DEEP:
+        if LAYERS > 1 or LAST:
+            tl.store(grads[1] + at2, tl.load(grads[1] + at2) + anchor2)
+        if LAYERS > 1:
+            d_k, more = keys_first(kt, d_k, d_before, before, factor, anchor[0], grads[0], at, DT, PRECISION)
             if factor is not None:
-                d_factor += tl.sum(d_before * before, 1)
-            d_before = scaled(d_before, factor)
-            d_k += product(d_before, tl.trans(tl.load(u1 + at).to(DT)), DT, PRECISION)
-            tl.store(grads1 + at, tl.load(grads1 + at) + product(kt, d_before, DT, PRECISION))
+                d_factor += more
+            if LAYERS == 3:
+                d_k, more = keys_first(kt, d_k, d_above, above, above_factor, anchor[2], grads[2], at, DT, PRECISION)
+                if factor is not None:
+                    d_above_factor += more
         else:
             d_hidden = d_before + tl.load(d_keys + at_hidden)
             tl.store(d_k_ptr + tok[:, None] + f[None, :], d_hidden.to(DT), mask=valid[:, None])
-    if DEEP:
+    if LAYERS > 1:
         tl.store(d_k_ptr + tok[:, None] + d[None, :], d_k.to(DT), mask=valid[:, None])
     if factor is not None:
         tl.store(kept + BY_KEYS, tl.sum(d_factor))
+        if LAYERS == 3:
+            tl.store(kept + BY_ABOVE_KEYS, tl.sum(d_above_factor))

@@ -11,13 +11,15 @@ another. The last layer's matrices are taken as [D, BF], transposed.
 import triton
 import triton.language as tl
 
-from .retentions import BY_FIRST_READS, FACTORS, scaled
+from .hidden import hidden_backward, hidden_of
+from .retentions import BY_ABOVE_READS, BY_FIRST_READS, FACTORS, scaled
 from .tiles import (
+    above_parts,
     found_anew,
-    gelu,
-    gelu_slope,
+    hidden_at,
     hidden_parts,
     load_gates,
+    pair_at,
     product,
     segment_steps,
     sequence,
@@ -55,7 +57,7 @@ def flows(write, small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 
 @triton.jit
 def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, kept, d_vectors, small, wide, zero,
-               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
                RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the last layer's reads: the gradients of the queries' pre-activations, of the hidden keys and of
     the first layer's Δ, by its reads, to the workspace; those of A and f. A linear memory's query is its hidden
@@ -65,6 +67,7 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, kept,
     _, reads, _, flows, flows_t, _, _ = small_parts(small, C, D)
     _, _, read_hiddens, d_pres, hiddens, d_hiddens = hidden_parts(small, C, D, F)
     _, _, _, _, _, befores, pres, _ = wide_parts(wide, C, D, F)
+    _, d_above_pres, _, aboves, above_pres = above_parts(small, wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     d_read = tl.load(tall(reads, C, D)[0])
@@ -73,20 +76,23 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, kept,
     d_retain = tl.zeros([C], tl.float32)
     d_carry = tl.zeros([C], tl.float32)
     factor = None
-    if DEEP and kept is not None:
+    if LAYERS > 1 and kept is not None:
         factor = tl.load(kept + 2)
         d_factor = tl.zeros([C], tl.float32)
+        if LAYERS == 3:
+            above_factor = tl.load(kept + 4)
+            d_above_factor = tl.zeros([C], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = f[None, :] * D + d[:, None]
         at_hidden = i[:, None] * F + f[None, :]
-        if DEEP:
+        if LAYERS > 1:
             # Operands are loaded and not computed: every warp would compute all of them. Wide heads have the registers
             # here, but not where the hidden keys would be stored.
-            hidden = tl.load(hiddens + at_hidden) if D <= 64 else gelu(tl.load(befores + at_hidden))[0]
+            hidden = tl.load(hiddens + at_hidden) if D <= 64 else hidden_at(befores, aboves, at_hidden, LAYERS)
             read_hidden = tl.load(read_hiddens + at_hidden)
-            pre = tl.load(pres + at_hidden)
-            read, sigma = gelu(pre)
+            pre, above_pre = pair_at(pres, above_pres, at_hidden, LAYERS)
+            read = hidden_of(pre, above_pre, LAYERS)
         else:
             hidden = token_rows(k_ptr, tok, valid, f)
             read_hidden = token_rows(q_ptr, tok, valid, f)
@@ -99,28 +105,36 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, kept,
             d_carry += tl.sum(read * to_moment, 1)
             d_read_hidden += to_moment * carry[:, None]
         tl.store(d_hiddens + at_hidden, product(flow_t, read_hidden, DT, PRECISION).to(DT))
-        if DEEP:
-            d_pre = d_read_hidden * gelu_slope(pre, sigma)
+        if LAYERS > 1:
+            d_pre, d_above_pre = hidden_backward(d_read_hidden, pre, above_pre, LAYERS)
             if factor is not None:
                 d_factor += tl.sum(d_pre * pre, 1)
             tl.store(d_pres + at_hidden, scaled(d_pre, factor).to(DT))
+            if LAYERS == 3:
+                if factor is not None:
+                    d_above_factor += tl.sum(d_above_pre * above_pre, 1)
+                    d_above_pre = d_above_pre * above_factor
+                tl.store(d_above_pres + at_hidden, d_above_pre.to(DT))
         else:
             if RESIDUAL:
                 d_read_hidden += token_rows(d_o_ptr, tok, valid, f).to(tl.float32)
             tl.store(d_q_ptr + tok[:, None] + f[None, :], d_read_hidden.to(DT), mask=valid[:, None])
     if factor is not None:
         tl.store(kept + BY_FIRST_READS, tl.sum(d_factor))
+        if LAYERS == 3:
+            tl.store(kept + BY_ABOVE_READS, tl.sum(d_above_factor))
     tl.store(d_vectors + i, d_retain)
     tl.store(d_vectors + C + i, d_carry)
 
 
 @triton.jit
-def first_scores(write, small, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Backward through the scores of the first layer's reads: the gradient of its Δ to the workspace; of the scores,
-    by Λ, in place of these, and returned without."""
+def first_scores(write, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+                 LAYERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Backward through the scores of the first layer's reads: the gradient of its Δ, and of that of W3, to the
+    workspace; of the scores, by Λ, in place of these, and returned without."""
     _, _, _, _, _, scores, as_read = small_parts(small, C, D)
     delta1s, _, _, d_pres, d_delta1s, _ = hidden_parts(small, C, D, F)
+    delta3s, d_above_pres, d_delta3s, _, _ = above_parts(small, wide, C, D, F)
     i = tl.arange(0, C)
     scores_t = tl.load(square(as_read, C)[1])
     d_scores = tl.zeros([C, C], tl.float32)
@@ -130,26 +144,30 @@ def first_scores(write, small, zero, D: tl.constexpr, F: tl.constexpr, C: tl.con
         d_pre = tl.load(d_pres + at_hidden)
         tl.store(d_delta1s + at_hidden, (-product(scores_t, d_pre, DT, PRECISION)).to(DT))
         d_scores -= product(d_pre, tl.load(delta1s + i[None, :] * F + f[:, None]), DT, PRECISION)
+        if LAYERS == 3:
+            d_pre = tl.load(d_above_pres + at_hidden)
+            tl.store(d_delta3s + at_hidden, (-product(scores_t, d_pre, DT, PRECISION)).to(DT))
+            d_scores -= product(d_pre, tl.load(delta3s + i[None, :] * F + f[:, None]), DT, PRECISION)
     tl.store(square(scores, C)[0], (d_scores * tl.load(square(write, C)[0]).to(tl.float32)).to(DT))
     return d_scores
 
 
 @triton.jit
 def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, zero, D: tl.constexpr, F: tl.constexpr,
-                    C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, DT: tl.constexpr,
+                    C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, DT: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the scores of both layers' reads: the gradient of Λ, and what the first layer's add to that of
     K."""
     deltas, reads, _, _, _, scores, _ = small_parts(small, C, D)
     products, _, _, _, d_keys, _, _, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
-    if DEEP:
-        d_scores = first_scores(write, small, zero, D, F, C, BF, DT, PRECISION)
+    if LAYERS > 1:
+        d_scores = first_scores(write, small, wide, zero, D, F, C, BF, LAYERS, DT, PRECISION)
         tl.debug_barrier()
     d_written = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
     d_written = d_written * tl.load(square(products, C)[0])
     d_k = tl.zeros([C, D], tl.float32)
-    if DEEP:
+    if LAYERS > 1:
         q = token_rows(q_ptr, tok, valid, d)
         d_written += d_scores * product(q, token_columns(k_ptr, tok, valid, d), DT, PRECISION)
         d_k = product(tl.load(square(scores, C)[1]), q, DT, PRECISION)
@@ -158,14 +176,17 @@ def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, zero,
 
 
 @triton.jit
-def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, zero, D: tl.constexpr,
-                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr,
-                DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Backward through the first layer's reads: writes the gradient of Q; adds to those of A and f."""
+def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, wide, zero,
+                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
+                RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """Backward through the first layer's reads, and those of W3: writes the gradient of Q; adds to those of A and f."""
     SIZE: tl.constexpr = D * F
+    PAIR: tl.constexpr = (2 if MOMENTUM else 1) * SIZE
     retain, carry, _, _, _, _, _ = gates
     _, _, _, _, _, scores, _ = small_parts(small, C, D)
     _, _, _, d_pres, _, _ = hidden_parts(small, C, D, F)
+    _, d_above_pres, _, _, _ = above_parts(small, wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     by_weight = tl.zeros([C, D], tl.float32)
@@ -177,6 +198,11 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_ve
         by_weight += product(d_pre, tl.trans(tl.load(weights + at).to(DT)), DT, PRECISION)
         if MOMENTUM:
             by_moment += product(d_pre, tl.trans(tl.load(weights + SIZE + at).to(DT)), DT, PRECISION)
+        if LAYERS == 3:
+            d_pre = tl.load(d_above_pres + i[:, None] * F + f[None, :])
+            by_weight += product(d_pre, tl.trans(tl.load(weights + PAIR + at).to(DT)), DT, PRECISION)
+            if MOMENTUM:
+                by_moment += product(d_pre, tl.trans(tl.load(weights + PAIR + SIZE + at).to(DT)), DT, PRECISION)
     q = token_rows(q_ptr, tok, valid, d).to(tl.float32)
     k = token_rows(k_ptr, tok, valid, d)
     d_q = by_weight * retain[:, None] + product(tl.load(square(scores, C)[0]), k, DT, PRECISION)
@@ -193,14 +219,13 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_ve
 def neural_memory_reads_backward(
     q_ptr, k_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, position_ptr, cu_ptr, states_ptr, d_q_ptr, d_write_ptr,
     d_vectors_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Backward through the reads of one step: writes the gradients of Q, Λ, A and f, and to the workspace what reads
     add to those of Δ, of the hidden keys and of K."""
     n = tl.program_id(0) // H
-    LAYERS: tl.constexpr = 2 if DEEP else 1
     PAIR: tl.constexpr = (2 if MOMENTUM else 1) * D * F
     STEPS: tl.constexpr = EVERY * CHUNK // C
     _, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
@@ -211,7 +236,7 @@ def neural_memory_reads_backward(
             program, h, slot, begin, length, place = found_anew(
                 zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
             )  # fmt: skip
-            small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+            small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F, LAYERS)
             flows(
                 write_ptr + slot * (C * C), small, wide, C, D, F, part == 0, part == 1, part == 2, DT, PRECISION
             )  # fmt: skip
@@ -219,7 +244,7 @@ def neural_memory_reads_backward(
         program, h, slot, begin, length, place = found_anew(
             zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
         )  # fmt: skip
-        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F, LAYERS)
         weights = states_ptr + (program * STEPS + tl.program_id(1)) * (LAYERS * PAIR)
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
@@ -228,27 +253,27 @@ def neural_memory_reads_backward(
             kept = settled_ptr + (program * STEPS + tl.program_id(1)) * FACTORS
         last_reads(
             q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, gates, kept,
-            d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, DEEP, RESIDUAL, MOMENTUM, DT, PRECISION,
+            d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(
             zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
         )  # fmt: skip
-        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+        small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F, LAYERS)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         scores_backward(
             q_ptr, k_ptr, tok, valid, write_ptr + slot * (C * C), d_write_ptr + slot * (C * C), small, wide, zero, D, F,
-            C, BF, DEEP, DT, PRECISION,
+            C, BF, LAYERS, DT, PRECISION,
         )  # fmt: skip
-        if DEEP:
+        if LAYERS > 1:
             program, h, slot, begin, length, place = found_anew(
                 zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
             )  # fmt: skip
-            small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F)
+            small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F, LAYERS)
             weights = states_ptr + (program * STEPS + tl.program_id(1)) * (LAYERS * PAIR)
             gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
             tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
             first_reads(
-                q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors_ptr + slot * (4 * C), small, zero,
-                D, F, C, BF, RESIDUAL, MOMENTUM, DT, PRECISION,
+                q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors_ptr + slot * (4 * C), small, wide,
+                zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT, PRECISION,
             )  # fmt: skip

@@ -20,7 +20,7 @@ def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
     """The memory that a kernel's constants compute; what it is not built for, it has as usual."""
     bias, (settle, *power) = constants["BIAS"], constants["SETTLE"]
     return MemorySpec(
-        network="mlp" if constants["DEEP"] else "linear",
+        network={1: "linear", 2: "mlp", 3: "gated_mlp"}[constants["LAYERS"]],
         expansion=constants["F"] // constants["D"],
         norm=constants["NORM"],
         residual=constants["RESIDUAL"],

@@ -6,7 +6,7 @@ from .spec import MemorySpec
 
 #: Choices of a memory that there are kernels for.
 COVERED: dict[str, tuple[object, ...]] = {
-    "network": ("linear", "mlp"),
+    "network": ("linear", "mlp", "gated_mlp"),
     "bias": ("l2", "dot", "lp", "huber"),
     "retention": ("l2", "none", "norm", "lq"),
     "rule": ("gd", "momentum"),
@@ -37,13 +37,13 @@ def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec)
     for name, covered in COVERED.items():
         if getattr(spec, name) not in covered:
             return name, getattr(spec, name), f"be {listed(covered)}"
-    if spec.layers > 2:
-        return "depth", spec.layers, "be 1 or 2"
+    if spec.network == "mlp" and spec.depth != 2:
+        return "depth", spec.depth, "be 1 or 2"
     if width not in WIDTHS:
         return "q.shape[-1]", width, "be 16, 32, 64 or 128"
     if value_width != width:
         return "v.shape[-1]", value_width, f"be {width}, the width of keys,"
-    if spec.layers == 2 and spec.expansion not in EXPANSIONS:
+    if spec.layers > 1 and spec.expansion not in EXPANSIONS:
         return "expansion", spec.expansion, "be 1, 2, 4 or 8"
     if spec.chunk_size not in (16, 32) and spec.chunk_size % 64:
         return "chunk_size", spec.chunk_size, "be 16, 32 or a multiple of 64"

@@ -17,9 +17,10 @@ from ..launch import Config, Kernel
 from .biases import error_of
 from .canary import decode_pairs
 from .forward import constants_of
+from .hidden import hidden_backward, hidden_of
 from .retentions import factor_of, scaled, settle
 from .spec import MemorySpec
-from .tiles import EPS, copy, gelu, gelu_slope
+from .tiles import EPS, copy
 
 
 @triton.jit
@@ -70,21 +71,45 @@ def settle_token(layer, factor, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS:
         copy(new_u, new_w, zero, IN * OUT)
 
 
+@triton.jit
+def token_factors(first, last, third, zero, SIZE: tl.constexpr, LAYERS: tl.constexpr, POWER: tl.constexpr):
+    """lq's r of W1, W2 and W3; what there is not, another's."""
+    by_last = factor_of(last[2], zero, SIZE, POWER)[0]
+    by_first = by_last
+    if LAYERS > 1:
+        by_first = factor_of(first[2], zero, SIZE, POWER)[0]
+    by_third = by_first
+    if LAYERS == 3:
+        by_third = factor_of(third[2], zero, SIZE, POWER)[0]
+    return by_first, by_last, by_third
+
+
+@triton.jit
+def key_block(first, third, k, at, factors, LAYERS: tl.constexpr):
+    """The key's pre-activations by a block of W1 and of W3 at the anchor."""
+    before = scaled(tl.sum(tl.load(first[2] + at) * k[:, None], 0), factors[0])
+    above = before
+    if LAYERS == 3:
+        above = scaled(tl.sum(tl.load(third[2] + at) * k[:, None], 0), factors[2])
+    return before, above
+
+
 @triton.jit(do_not_specialize=["zero"])
 def neural_memory_decode(
     q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, threshold_ptr, norm_ptr, position_ptr, w1_ptr, s1_ptr,
-    u1_ptr, w2_ptr, s2_ptr, u2_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2, zero, H: tl.constexpr,
-    D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr,
-    LATE: tl.constexpr, DT: tl.constexpr, BF: tl.constexpr,
+    u1_ptr, w2_ptr, s2_ptr, u2_ptr, w3_ptr, s3_ptr, u3_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2,
+    new_w3, new_s3, new_u3, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
+    LAYERS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr,
+    RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, DT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of each layer, a linear memory's as its second."""
+    """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of W1, W2 and W3, a linear memory's as its second."""
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(0) % H
     SIZE: tl.constexpr = D * F
     own = row * SIZE
     first = (w1_ptr + own, s1_ptr + own, u1_ptr + own, new_w1 + own, new_s1 + own, new_u1 + own)
     last = (w2_ptr + own, s2_ptr + own, u2_ptr + own, new_w2 + own, new_s2 + own, new_u2 + own)
+    third = (w3_ptr + own, s3_ptr + own, u3_ptr + own, new_w3 + own, new_s3 + own, new_u3 + own)
     d = tl.arange(0, D)
     q = tl.load(q_ptr + row * D + d).to(tl.float32)
     k = tl.load(k_ptr + row * D + d).to(tl.float32)
@@ -100,19 +125,15 @@ def neural_memory_decode(
     scale = tl.zeros([D], tl.float32)
     if NORM:
         scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
-    factors = (None, None)
+    factors = (None, None, None)
     if SETTLE[0] == "lq":
-        by_last = factor_of(last[2], zero, SIZE, SETTLE[1])[0]
-        by_first = by_last
-        if DEEP:
-            by_first = factor_of(first[2], zero, SIZE, SETTLE[1])[0]
-        factors = (by_first, by_last)
+        factors = token_factors(first, last, third, zero, SIZE, LAYERS, SETTLE[1])
     out = tl.zeros([D], tl.float32)
     for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
-        if DEEP:
-            pre = tl.sum(tl.load(first[2] + d[:, None] * F + f[None, :]) * k[:, None], 0)
-            hidden, _ = gelu(scaled(pre, factors[0]))
+        if LAYERS > 1:
+            before, above = key_block(first, third, k, d[:, None] * F + f[None, :], factors, LAYERS)
+            hidden = hidden_of(before, above, LAYERS)
         else:
             hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
         out += tl.sum(tl.load(last[2] + f[:, None] * D + d[None, :]) * hidden[:, None], 0)
@@ -136,24 +157,27 @@ def neural_memory_decode(
     for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
         at_last = f[:, None] * D + d[None, :]
-        if DEEP:
+        if LAYERS > 1:
             at_first = d[:, None] * F + f[None, :]
-            pre = scaled(tl.sum(tl.load(first[2] + at_first) * k[:, None], 0), factors[0])
-            hidden, sigma = gelu(pre)
+            before, above = key_block(first, third, k, at_first, factors, LAYERS)
+            hidden = hidden_of(before, above, LAYERS)
             back = scaled(tl.sum(tl.load(last[2] + at_last) * delta[None, :], 1), factors[1])
-            gradient = k[:, None] * (back * gelu_slope(pre, sigma))[None, :]
-            before, after = written(first, at_first, gradient, factors[0], theta, retain, momentum, ended, MOMENTUM)
-            if LATE:
-                after = before
-            asked, _ = gelu(tl.sum(after * q[:, None], 0))
+            delta1, delta3 = hidden_backward(back, before, above, LAYERS)
+            gradient = k[:, None] * delta1[None, :]
+            old, new = written(first, at_first, gradient, factors[0], theta, retain, momentum, ended, MOMENTUM)
+            asked = tl.sum((old if LATE else new) * q[:, None], 0)
+            asked_above = asked
+            if LAYERS == 3:
+                gradient = k[:, None] * delta3[None, :]
+                old, new = written(third, at_first, gradient, factors[2], theta, retain, momentum, ended, MOMENTUM)
+                asked_above = tl.sum((old if LATE else new) * q[:, None], 0)
+            asked = hidden_of(asked, asked_above, LAYERS)
         else:
             hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
             asked = tl.load(q_ptr + row * D + f).to(tl.float32)
         gradient = hidden[:, None] * delta[None, :]
-        before, after = written(last, at_last, gradient, factors[1], theta, retain, momentum, ended, MOMENTUM)
-        if LATE:
-            after = before
-        read += tl.sum(after * asked[:, None], 0)
+        old, new = written(last, at_last, gradient, factors[1], theta, retain, momentum, ended, MOMENTUM)
+        read += tl.sum((old if LATE else new) * asked[:, None], 0)
     if NORM:
         read = row_unit(read, D)[0] * scale
     if RESIDUAL:
@@ -163,8 +187,10 @@ def neural_memory_decode(
         tl.debug_barrier()
         if ended:
             settle_token(last, factors[1], zero, F, D, BF, D, SETTLE)
-            if DEEP:
+            if LAYERS > 1:
                 settle_token(first, factors[0], zero, D, F, D, BF, SETTLE)
+            if LAYERS == 3:
+                settle_token(third, factors[2], zero, D, F, D, BF, SETTLE)
 
 
 def decode_configs(constants: Mapping[str, Any]) -> list[Config]:
@@ -211,8 +237,8 @@ def run_decode(
 
 
 def _named(state: Sequence[Tensor], spec: MemorySpec) -> dict[str, Tensor]:
-    """w1 … u2 of a state's tensors in the order of ``state_names``; what there is not stands in for another."""
+    """w1 … u3 of a state's tensors in the order of ``state_names``; what there is not stands in for another."""
     names = ("w", "s", "u") if spec.has_momentum else ("w", "u")
     parts = {name: state[p * spec.layers : (p + 1) * spec.layers] for p, name in enumerate(names)}
-    layers = {1: 0, 2: spec.layers - 1}
+    layers = {1: 0, 2: spec.last, 3: spec.layers - 1}
     return {f"{name}{i}": parts.get(name, parts["w"])[layers[i]] for i in layers for name in "wsu"}

@@ -48,7 +48,7 @@ def constants_of(
         "CHUNK": spec.chunk_size,
         "C": step_length(spec, q.shape[3]),
         "EVERY": segment_chunks(spec, [(w.shape[1], w.shape[2]) for w in weights]),
-        "DEEP": spec.layers == 2,
+        "LAYERS": spec.layers,
         "NORM": spec.norm,
         "RESIDUAL": spec.residual,
         "BIAS": (spec.bias, *(getattr(spec, name) for name in LP if spec.bias == "lp")),
@@ -68,13 +68,13 @@ def constants_of(
 def small(constants: Mapping[str, Any]) -> bool:
     """Whether a program needs few registers; of 255 the compiler then gives a thread fewer than it needs, and spills,
     unless there are fewer warps."""
-    return bool(constants["DEEP"]) and constants["D"] * constants["F"] <= 4096
+    return constants["LAYERS"] > 1 and constants["D"] * constants["F"] <= 4096
 
 
 def large(constants: Mapping[str, Any]) -> list[Config]:
     """What fits wide heads in steps of 16, if these are: a loop's next operands wait in shared memory, where there is
     room, and not in registers, where there is none. Empty for all others."""
-    wide = constants["DEEP"] and constants["D"] > 64 and constants["C"] == 16
+    wide = constants["LAYERS"] > 1 and constants["D"] > 64 and constants["C"] == 16
     return [Config((("BF", 16),), 8, 2)] if wide else []
 
 
@@ -96,7 +96,7 @@ def state_configs(constants: Mapping[str, Any]) -> list[Config]:
     """As all that walks; with fewer warps yet for steps of 16, and for a linear memory with narrow heads."""
     if small(constants) and constants["C"] == 16:
         return [Config((("BF", 16),), 2, 1)]
-    if not constants["DEEP"] and constants["D"] <= 32:
+    if constants["LAYERS"] == 1 and constants["D"] <= 32:
         return [Config((("BF", 16),), 4, 1)]
     return walk_configs(constants)
 
@@ -134,22 +134,27 @@ def segments(length: int, constants: Mapping[str, Any]) -> int:
     return max(1, -(-most // (constants["CHUNK"] * constants["EVERY"])))
 
 
-def pack(tensors: Sequence[Tensor], layers: int) -> Tensor:
+def held_order(spec: MemorySpec) -> list[int]:
+    """The matrices in the order in which kernels hold them: that whose outputs are the memory's comes last."""
+    return [*(i for i in range(spec.layers) if i != spec.last), spec.last]
+
+
+def pack(tensors: Sequence[Tensor], spec: MemorySpec) -> Tensor:
     """[..., in, out] of every layer, part by part as ``state_names`` has them, as one [..., ·], layer by layer."""
+    layers = spec.layers
     parts = len(tensors) // layers
-    return torch.cat([tensors[p * layers + i].flatten(-2) for i in range(layers) for p in range(parts)], -1)
+    return torch.cat([tensors[p * layers + i].flatten(-2) for i in held_order(spec) for p in range(parts)], -1)
 
 
-def unpack(packed: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def unpack(packed: Tensor, weights: Sequence[Tensor], spec: MemorySpec) -> list[Tensor]:
     """The inverse of :func:`pack`; every tensor its own."""
     layers, parts = len(weights), packed.shape[-1] // sum(w[0].numel() for w in weights)
-    sizes = [w[0].numel() for w in weights for _ in range(parts)]
-    flat = packed.split(sizes, -1)
-    order = [i * parts + p for p in range(parts) for i in range(layers)]
-    shapes = list(weights) * parts
+    held = held_order(spec)
+    flat = packed.split([weights[i][0].numel() for i in held for _ in range(parts)], -1)
+    places = [held.index(i) * parts + p for p in range(parts) for i in range(layers)]
     return [
         flat[place].unflatten(-1, w.shape[1:]).clone(memory_format=torch.contiguous_format)
-        for place, w in zip(order, shapes, strict=True)
+        for place, w in zip(places, list(weights) * parts, strict=True)
     ]
 
 
@@ -187,7 +192,7 @@ def run_forward(
         "vectors_ptr": vectors,
         "ends_ptr": ends,
         "norm_ptr": q if norm is None else norm.contiguous(),
-        "start_ptr": pack(enter(state, spec) if state else weights, spec.layers),
+        "start_ptr": pack(enter(state, spec) if state else weights, spec),
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
         "o_ptr": o,
@@ -210,4 +215,4 @@ def run_forward(
     before = torch.zeros(rows, dtype=torch.int32, device=q.device) if position is None else position
     after = torch.remainder(before + lengths, spec.chunk_size).to(torch.int32)
     held = [kept, *([final] if derives(spec) else [])]  # the backward needs D after the call, which leaves as W
-    return [o, *leave(unpack(final, weights), spec), after, *(held if keep else [])]
+    return [o, *leave(unpack(final, weights, spec), spec), after, *(held if keep else [])]

@@ -125,6 +125,15 @@ VARIANTS: dict[str, Callable[[], None]] = {
         width=128, packed=True, expansion=1, norm=False, rule="gd", retention="lq", lq_power=3.0
     ),
     "linear_d32_c16_lq_bf16": plan(width=32, network="linear", retention="lq", chunk_size=16),
+    # The gated network: three matrices.
+    "gated_f256_c64_bf16": plan(network="gated_mlp"),
+    "gated_d128_f128_c64_plain_gd_packed_bf16": plan(
+        width=128, packed=True, network="gated_mlp", expansion=1, norm=False, rule="gd"
+    ),
+    "gated_d32_f64_c32_lp_lq_packed_bf16": plan(
+        width=32, packed=True, network="gated_mlp", expansion=2, bias="lp", retention="lq", chunk_size=32
+    ),
+    "gated_f256_decode_bf16": partial(call, MemorySpec(network="gated_mlp"), length=1, decode=True),
     "mlp_f256_huber_norm_retention_decode_bf16": partial(
         call, MemorySpec(bias="huber", retention="norm"), length=1, decode=True
     ),

@@ -7,13 +7,14 @@ It needs the state with which the step begins and Δ of its last layer (``states
 import triton
 import triton.language as tl
 
-from .retentions import BY_READS, FACTORS, scaled
-from .states import keys_block
+from .hidden import hidden_of
+from .retentions import BY_READS, FACTORS, load_factors, scaled
+from .states import anchor_block, keys_block
 from .tiles import (
+    above_parts,
     anchor_of,
     deltas_of,
     found_anew,
-    gelu,
     hidden_parts,
     load_gates,
     load_norm,
@@ -34,26 +35,35 @@ from .tiles import (
 
 
 @triton.jit
+def first_read(q, scores, delta, weights, at, retain, carry, factor, SIZE: tl.constexpr, MOMENTUM: tl.constexpr,
+               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The queries' pre-activations of a block of W1 or W3."""
+    pre = product(q, tl.load(weights + at), DT, PRECISION) * retain[:, None]
+    pre -= product(scores, delta, DT, PRECISION)
+    if MOMENTUM:
+        pre += product(q, tl.load(weights + SIZE + at), DT, PRECISION) * carry[:, None]
+    return scaled(pre, factor)
+
+
+@triton.jit
 def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write, gates, reads, hiddens, zero,
-               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr,
+               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
                MOMENTUM: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The reads up to the LayerNorm, but for the term of the last layer's scores; with h h_Kᵀ of that layer. The hidden
     queries go through ``reads``. GRAD: Δ of the first layer, B, both pre-activations, and for heads of at most 64 the
-    hidden keys (where the gradient of Δ will lie) to ``hiddens``, and the scores by Λ. ``anchor``, ``states``: where
-    the two layers begin.
+    hidden keys (where the gradient of Δ will lie) to ``hiddens``, and the scores by Λ; then Δ and both pre-activations
+    of W3. ``anchor``, ``states``: where W1, W2 and W3 begin.
 
     The transposed keys are loaded for every block anew (``zero`` is 0, which the compiler does not know): where matrix
     instructions take operands from registers, they would fill a quarter of them.
     """
     SIZE: tl.constexpr = D * F
-    u1, u2 = anchor
-    weights1, weights2 = states
     retain, carry, _, _, _, _, _ = gates
     d = tl.arange(0, D)
     k = token_rows(k_ptr, tok, valid, d)
     q = token_rows(q_ptr, tok, valid, d)
     delta = tl.load(tall(deltas, C, D)[0])
-    if DEEP:
+    if LAYERS > 1:
         scores = (product(q, token_columns(k_ptr, tok, valid, d), DT, PRECISION) * tl.load(write).to(tl.float32)).to(DT)
         if GRAD:
             tl.store(square(hiddens[5], C)[0], scores)
@@ -64,16 +74,21 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write,
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
         at_hidden = i[:, None] * F + f[None, :]
-        if DEEP:
+        if LAYERS > 1:
             kt = token_columns(k_ptr, tok + start * zero, valid, d)
-            first, last = tl.load(u1 + at1).to(DT), tl.load(u2 + at2).to(DT)
-            before, back, delta1, hidden_t = keys_block(k, kt, delta, first, last, factors, DT, PRECISION)
-            pre = product(q, tl.load(weights1 + at1), DT, PRECISION) * retain[:, None]
-            pre -= product(scores, delta1, DT, PRECISION)
-            if MOMENTUM:
-                pre += product(q, tl.load(weights1 + SIZE + at1), DT, PRECISION) * carry[:, None]
-            pre = scaled(pre, factors[0])
-            read = gelu(pre)[0]
+            block = anchor_block(anchor, at1, at2, DT, LAYERS)
+            before, above, back, delta1, delta3, hidden_t = keys_block(
+                k, kt, delta, block, factors, LAYERS, DT, PRECISION
+            )  # fmt: skip
+            pre = first_read(
+                q, scores, delta1, states[0], at1, retain, carry, factors[0], SIZE, MOMENTUM, DT, PRECISION
+            )  # fmt: skip
+            pre_above = pre
+            if LAYERS == 3:
+                pre_above = first_read(
+                    q, scores, delta3, states[2], at1, retain, carry, factors[2], SIZE, MOMENTUM, DT, PRECISION
+                )  # fmt: skip
+            read = hidden_of(pre, pre_above, LAYERS)
             tl.store(reads + at_hidden, read.to(DT))
             if GRAD:
                 tl.store(hiddens[0] + at_hidden, delta1.to(DT))
@@ -81,24 +96,28 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write,
                 tl.store(hiddens[2] + at_hidden, before)
                 tl.store(hiddens[3] + at_hidden, pre)
                 if D <= 64:
-                    tl.store(hiddens[4] + at_hidden, gelu(before)[0].to(DT))
+                    tl.store(hiddens[4] + at_hidden, hidden_of(before, above, LAYERS).to(DT))
+            if GRAD and LAYERS == 3:
+                tl.store(hiddens[6] + at_hidden, delta3.to(DT))
+                tl.store(hiddens[7] + at_hidden, above)
+                tl.store(hiddens[8] + at_hidden, pre_above)
         else:
             hidden_t = token_columns(k_ptr, tok, valid, f)
             read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
         products += product(read, hidden_t, DT, PRECISION)
-    if DEEP:
+    if LAYERS > 1:
         tl.debug_barrier()
     out = tl.zeros([C, D], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at2 = f[:, None] * D + d[None, :]
-        if DEEP:
+        if LAYERS > 1:
             hidden = tl.load(reads + i[:, None] * F + f[None, :]).to(tl.float32)
         else:
             hidden = token_rows(q_ptr, tok, valid, f).to(tl.float32)
-        out += product(hidden * retain[:, None], tl.load(weights2 + at2), DT, PRECISION)
+        out += product(hidden * retain[:, None], tl.load(states[1] + at2), DT, PRECISION)
         if MOMENTUM:
-            out += product(hidden * carry[:, None], tl.load(weights2 + SIZE + at2), DT, PRECISION)
+            out += product(hidden * carry[:, None], tl.load(states[1] + SIZE + at2), DT, PRECISION)
     return products, out
 
 
@@ -106,16 +125,15 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write,
 def neural_memory_reads(
     q_ptr, k_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, states_ptr, o_ptr,
     d_o_ptr, d_norm_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    PACKED: tl.constexpr,
-    GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    BF: tl.constexpr,
 ):  # fmt: skip
     """Forward: ``o`` of one step. GRAD: its tiles to the workspace, with the gradient of the last layer's reads, and
     what the reads add to that of the norm's scale: ``d_norm`` [slots, H, 2, D], by the reads of a step and by its
     error."""
     SIZE: tl.constexpr = D * F
-    LAYERS: tl.constexpr = 2 if DEEP else 1
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
     PAIR: tl.constexpr = COPIES * SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
@@ -129,33 +147,34 @@ def neural_memory_reads(
         states = states_ptr + (program * STEPS - segment * STEPS) * (LAYERS * PAIR)
         given = start_ptr + program * (LAYERS * (PAIR + SIZE))
         anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
-        now = states + j * (LAYERS * PAIR), states + j * (LAYERS * PAIR) + (LAYERS - 1) * PAIR
-        deltas = deltas_of(small_ptr, at, C, D, F, GRAD)
-        factors = (None, None)
+        begun = states + j * (LAYERS * PAIR)
+        now = begun, begun + (LAYERS - 1) * PAIR, begun + PAIR
+        deltas = deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD)
+        factors = (None, None, None)
         if SETTLE[0] == "lq":
-            kept = settled_ptr + at * FACTORS
-            factors = (tl.load(kept + 2) if DEEP else None, tl.load(kept))
+            factors = load_factors(settled_ptr + at * FACTORS, LAYERS)
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         hidden = deltas + C * D
-        tiles = deltas, deltas, deltas, deltas, deltas, deltas
+        tiles = deltas, deltas, deltas, deltas, deltas, deltas, deltas, deltas, deltas
         if GRAD:
-            small, wide = workspace(small_ptr, wide_ptr, at, C, D, F)
+            small, wide = workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)
             parts, wides = hidden_parts(small, C, D, F), wide_parts(wide, C, D, F)
             hidden = parts[2]
-            tiles = parts[0], parts[1], wides[5], wides[6], parts[4], small_parts(small, C, D)[6]
+            more, scores = above_parts(small, wide, C, D, F), small_parts(small, C, D)[6]
+            tiles = parts[0], parts[1], wides[5], wides[6], parts[4], scores, more[0], more[3], more[4]
         found, out = reads_pass(
             q_ptr, k_ptr, tok, valid, deltas, anchor, factors, now, square(write_ptr + slot * (C * C), C)[0], gates,
-            hidden, tiles, zero, D, F, C, BF, DEEP, MOMENTUM, GRAD, DT, PRECISION,
+            hidden, tiles, zero, D, F, C, BF, LAYERS, MOMENTUM, GRAD, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         at = program * STEPS + tl.program_id(1)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         if GRAD:
-            tl.store(square(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C)[0], found)
+            tl.store(square(workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)[1], C)[0], found)
         if NORM or not GRAD or SETTLE[0] == "lq":
-            delta = tl.load(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0])
+            delta = tl.load(tall(deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD), C, D)[0])
             written = tl.load(square(write_ptr + slot * (C * C), C)[0]).to(tl.float32)
             out = scaled(out - product(found * written, delta, DT, PRECISION), factors[1])
         if GRAD:
@@ -167,7 +186,7 @@ def neural_memory_reads(
             if SETTLE[0] == "lq":
                 tl.store(settled_ptr + at * FACTORS + BY_READS, tl.sum(d_out * out))
                 d_out = scaled(d_out, factors[1])
-            reads = small_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[0], C, D)[1]
+            reads = small_parts(workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)[0], C, D)[1]
             tl.store(tall(reads, C, D)[0], d_out.to(DT))
         else:
             if NORM:

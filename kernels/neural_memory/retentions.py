@@ -19,18 +19,20 @@ import triton.language as tl
 from .spec import RETENTION_EPS
 
 SMALLEST = tl.constexpr(RETENTION_EPS)
-# What is kept of lq for each step: r and ‖D‖_q^q of the last layer and of the first; then shares of r r̄: of the last
-# layer by reads, by B and by the error, of the first by reads and by the keys' pass.
+# What is kept of lq for each step: r and ‖D‖_q^q of the last layer, of the first and of W3; then shares of r r̄: of the
+# last layer by reads, by B and by the error, of the others by reads and by the keys' pass.
 FACTORS = tl.constexpr(16)
-BY_READS, BY_BACKS, BY_ERROR, BY_FIRST_READS, BY_KEYS = (tl.constexpr(8 + i) for i in range(5))
+BY_READS, BY_BACKS, BY_ERROR, BY_FIRST_READS, BY_KEYS, BY_ABOVE_READS, BY_ABOVE_KEYS = (
+    tl.constexpr(8 + i) for i in range(7)
+)
 
 
 def settled_size(constants: Mapping[str, Any]) -> int:
     """Numbers that a retention keeps of a memory's segment, for the kernels of these constants; 1 at least."""
     d, f, steps = constants["D"], constants["F"], constants["EVERY"] * constants["CHUNK"] // constants["C"]
-    layers, copies = 1 + constants["DEEP"], 1 + constants["MOMENTUM"]
+    layers, copies = constants["LAYERS"], 1 + constants["MOMENTUM"]
     if constants["SETTLE"][0] == "norm" and constants["GRAD"]:
-        return layers * copies * d * f + constants["EVERY"] * (d + f)
+        return layers * copies * d * f + constants["EVERY"] * (d + (layers - 1) * f)
     return steps * FACTORS.value if constants["SETTLE"][0] == "lq" else 1
 
 
@@ -66,17 +68,35 @@ def factor_of(dual, zero, SIZE: tl.constexpr, POWER: tl.constexpr):
 
 
 @triton.jit
-def keep_factors(kept, anchor, zero, SIZE: tl.constexpr, DEEP: tl.constexpr, POWER: tl.constexpr):
-    """r of the first layer and of the last, and to ``kept`` what other passes need of them."""
+def keep_factors(kept, anchor, zero, SIZE: tl.constexpr, LAYERS: tl.constexpr, POWER: tl.constexpr):
+    """r of W1, W2 and W3, and to ``kept`` what other passes need of them."""
     last, total = factor_of(anchor[1], zero, SIZE, POWER)
     tl.store(kept, last)
     tl.store(kept + 1, total)
     first = last
-    if DEEP:
+    if LAYERS > 1:
         first, total = factor_of(anchor[0], zero, SIZE, POWER)
         tl.store(kept + 2, first)
         tl.store(kept + 3, total)
-    return first, last
+    above = first
+    if LAYERS == 3:
+        above, total = factor_of(anchor[2], zero, SIZE, POWER)
+        tl.store(kept + 4, above)
+        tl.store(kept + 5, total)
+    return first, last, above
+
+
+@triton.jit
+def load_factors(kept, LAYERS: tl.constexpr):
+    """r of W1, W2 and W3, as :func:`keep_factors` kept them."""
+    last = tl.load(kept)
+    first = last
+    if LAYERS > 1:
+        first = tl.load(kept + 2)
+    above = first
+    if LAYERS == 3:
+        above = tl.load(kept + 4)
+    return first, last, above
 
 
 @triton.jit
@@ -91,27 +111,33 @@ def factor_backward(dual, grads, share, total, zero, SIZE: tl.constexpr, POWER: 
 
 
 @triton.jit
-def factors_backward(kept, u1, u2, grads1, grads2, zero, SIZE: tl.constexpr, DEEP: tl.constexpr, POWER: tl.constexpr):
-    """The same of both layers, from the shares that a step's passes have left."""
+def factors_backward(kept, anchor, grads, zero, SIZE: tl.constexpr, LAYERS: tl.constexpr, POWER: tl.constexpr):
+    """The same of W1, W2 and W3, from the shares that a step's passes have left."""
     share = tl.load(kept + BY_READS) + tl.load(kept + BY_ERROR)
-    if DEEP:
+    if LAYERS > 1:
         share += tl.load(kept + BY_BACKS)
         first = tl.load(kept + BY_FIRST_READS) + tl.load(kept + BY_KEYS)
-        factor_backward(u1, grads1, first, tl.load(kept + 3), zero, SIZE, POWER)
-    factor_backward(u2, grads2, share, tl.load(kept + 1), zero, SIZE, POWER)
+        factor_backward(anchor[0], grads[0], first, tl.load(kept + 3), zero, SIZE, POWER)
+    if LAYERS == 3:
+        above = tl.load(kept + BY_ABOVE_READS) + tl.load(kept + BY_ABOVE_KEYS)
+        factor_backward(anchor[2], grads[2], above, tl.load(kept + 5), zero, SIZE, POWER)
+    factor_backward(anchor[1], grads[1], share, tl.load(kept + 1), zero, SIZE, POWER)
 
 
 @triton.jit
-def settled_numbers(STATE: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+def settled_numbers(LAYERS: tl.constexpr, PAIR: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr,
+                    F: tl.constexpr):  # fmt: skip
     """How many numbers a backward keeps of a segment's ends of chunks: W and S after its last step, and of each chunk
-    the scales of both layers."""
-    return STATE + EVERY * (D + F)
+    the scales of all layers."""
+    return LAYERS * PAIR + EVERY * (D + (LAYERS - 1) * F)
 
 
 @triton.jit
-def scales_of(settled, program, chunk, STATE: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
-    """Where the scales of a segment's chunk lie: the last layer's [D], then the first one's [F]."""
-    return settled + program * settled_numbers(STATE, EVERY, D, F) + STATE + chunk * (D + F)
+def scales_of(settled, program, chunk, LAYERS: tl.constexpr, PAIR: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr,
+              F: tl.constexpr):  # fmt: skip
+    """Where the scales of a segment's chunk lie: the last layer's [D], then the first one's [F], then those of W3."""
+    own = settled + program * settled_numbers(LAYERS, PAIR, EVERY, D, F)
+    return own + LAYERS * PAIR + chunk * (D + (LAYERS - 1) * F)
 
 
 @triton.jit

@@ -5,13 +5,15 @@ a segment at once: ``reads.py``, and in the backward ``backward_reads.py``. The 
 of BF hidden units, twice per step: for the keys' pass at the anchor, up to the error, and for the update.
 docs/neural_memory.md has the algebra and what the design costs.
 
-A linear memory is the last layer alone: its hidden vector is the key, or the query, itself (``DEEP`` false).
+A linear memory is the last layer alone: its hidden vector is the key, or the query, itself (``LAYERS`` 1).
+``hidden.py`` says what the hidden units of others are.
 """
 
 import triton
 import triton.language as tl
 
 from .biases import error_of, load_thresholds
+from .hidden import hidden_backward, hidden_of
 from .retentions import FACTORS, keep_factors, scaled, scales_of, settle, settled_numbers
 from .tiles import (
     anchor_of,
@@ -19,8 +21,6 @@ from .tiles import (
     clear,
     copy,
     deltas_of,
-    gelu,
-    gelu_slope,
     load_gates,
     load_norm,
     normalised,
@@ -40,19 +40,23 @@ from .tiles import (
 
 @triton.jit
 def inner_pass(k_ptr, v_ptr, tok, valid, anchor, factors, scale, thresholds, zero, D: tl.constexpr,
-               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr,
                RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The keys' pass at the anchor: ẑ and 1/std of the last layer, the residual r, and Δ of the last layer."""
-    u1, u2 = anchor
+    u1, u2, u3 = anchor
     d = tl.arange(0, D)
     last = tl.zeros([C, D], tl.float32)
     if NORM or BIAS[0] != "dot":
         k = token_rows(k_ptr, tok, valid, d)
         for start in tl.range(0, F + zero, BF, disable_licm=True):
             f = start + tl.arange(0, BF)
-            if DEEP:
-                before = product(k, tl.load(u1 + d[:, None] * F + f[None, :]), DT, PRECISION)
-                hidden, _ = gelu(scaled(before, factors[0]))
+            if LAYERS > 1:
+                at = d[:, None] * F + f[None, :]
+                before = scaled(product(k, tl.load(u1 + at), DT, PRECISION), factors[0])
+                above = before
+                if LAYERS == 3:
+                    above = scaled(product(k, tl.load(u3 + at), DT, PRECISION), factors[2])
+                hidden = hidden_of(before, above, LAYERS)
             else:
                 hidden = token_rows(k_ptr, tok, valid, f)
             last += product(hidden, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
@@ -76,13 +80,32 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, factors, scale, thresholds, zer
 
 
 @triton.jit
-def keys_block(k, kt, delta, first, last, factors, DT: tl.constexpr, PRECISION: tl.constexpr):
-    """Of a block of hidden units at the anchor, ``first`` [D, BF] and ``last`` [BF, D]: the keys' pre-activations, B,
-    Δ of the first layer, and the hidden keys transposed, by a product of their own instead of a product's transpose."""
+def anchor_block(anchor, at1, at2, DT: tl.constexpr, LAYERS: tl.constexpr):
+    """A block of hidden units of W1 [D, BF], W2 [BF, D] and W3 [D, BF] at the anchor."""
+    first, last = tl.load(anchor[0] + at1).to(DT), tl.load(anchor[1] + at2).to(DT)
+    above = first
+    if LAYERS == 3:
+        above = tl.load(anchor[2] + at1).to(DT)
+    return first, last, above
+
+
+@triton.jit
+def keys_block(k, kt, delta, block, factors, LAYERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """Of a block of hidden units at the anchor: the keys' pre-activations, B, Δ of W1 and of W3, and the hidden keys
+    transposed, by products of their own instead of a product's transpose."""
+    first, last, third = block
     before = scaled(product(k, first, DT, PRECISION), factors[0])
+    above = before
+    if LAYERS == 3:
+        above = scaled(product(k, third, DT, PRECISION), factors[2])
     back = scaled(product(delta, tl.trans(last), DT, PRECISION), factors[1])
-    hidden_t = gelu(scaled(product(tl.trans(first), kt, DT, PRECISION), factors[0]))[0]
-    return before, back, back * gelu_slope(before, gelu(before)[1]), hidden_t
+    before_t = scaled(product(tl.trans(first), kt, DT, PRECISION), factors[0])
+    above_t = before_t
+    if LAYERS == 3:
+        above_t = scaled(product(tl.trans(third), kt, DT, PRECISION), factors[2])
+    hidden_t = hidden_of(before_t, above_t, LAYERS)
+    delta1, delta3 = hidden_backward(back, before, above, LAYERS)
+    return before, above, back, delta1, delta3, hidden_t
 
 
 @triton.jit
@@ -99,14 +122,23 @@ def update_block(old, new, at, end_retain, end_carry, end_inertia, written, writ
 
 
 @triton.jit
+def update_first(kt, delta, old, new, at, gates, SIZE: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """A block of a matrix that the keys meet first, W1 or W3, and of its S, after the step."""
+    _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
+    written = product(kt, delta * end_write[:, None], DT, PRECISION)
+    inert = written
+    if MOMENTUM:
+        inert = product(kt, delta * end_momentum[:, None], DT, PRECISION)
+    update_block(old, new, at, end_retain, end_carry, end_inertia, written, inert, SIZE, MOMENTUM)
+
+
+@triton.jit
 def update_pass(k_ptr, tok, valid, delta, anchor, factors, old, new, gates, zero, D: tl.constexpr, F: tl.constexpr,
-                C: tl.constexpr, BF: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+                C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
-    """The state after the step. ``anchor``, ``old``, ``new``: where the two layers begin; S follows W."""
+    """The state after the step. ``anchor``, ``old``, ``new``: where W1, W2 and W3 begin; S follows W."""
     SIZE: tl.constexpr = D * F
-    u1, u2 = anchor
-    old1, old2 = old
-    new1, new2 = new
     _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
     d = tl.arange(0, D)
     k = token_rows(k_ptr, tok, valid, d)
@@ -115,21 +147,19 @@ def update_pass(k_ptr, tok, valid, delta, anchor, factors, old, new, gates, zero
         f = start + tl.arange(0, BF)
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
-        if DEEP:
-            first, last = tl.load(u1 + at1).to(DT), tl.load(u2 + at2).to(DT)
-            delta1, hidden_t = keys_block(k, kt, delta, first, last, factors, DT, PRECISION)[2:]
-            written = product(kt, delta1 * end_write[:, None], DT, PRECISION)
-            inert = written
-            if MOMENTUM:
-                inert = product(kt, delta1 * end_momentum[:, None], DT, PRECISION)
-            update_block(old1, new1, at1, end_retain, end_carry, end_inertia, written, inert, SIZE, MOMENTUM)
+        if LAYERS > 1:
+            block = anchor_block(anchor, at1, at2, DT, LAYERS)
+            delta1, delta3, hidden_t = keys_block(k, kt, delta, block, factors, LAYERS, DT, PRECISION)[3:]
+            update_first(kt, delta1, old[0], new[0], at1, gates, SIZE, MOMENTUM, DT, PRECISION)
+            if LAYERS == 3:
+                update_first(kt, delta3, old[2], new[2], at1, gates, SIZE, MOMENTUM, DT, PRECISION)
         else:
             hidden_t = token_columns(k_ptr, tok, valid, f).to(tl.float32)
         written2 = product(hidden_t * end_write[None, :], delta, DT, PRECISION)
         inert2 = written2
         if MOMENTUM:
             inert2 = product(hidden_t * end_momentum[None, :], delta, DT, PRECISION)
-        update_block(old2, new2, at2, end_retain, end_carry, end_inertia, written2, inert2, SIZE, MOMENTUM)
+        update_block(old[1], new[1], at2, end_retain, end_carry, end_inertia, written2, inert2, SIZE, MOMENTUM)
 
 
 @triton.jit
@@ -147,7 +177,7 @@ def begin_segment(states, start_ptr, kept_ptr, segment, n, h, slots, zero, H: tl
 def neural_memory_states(
     k_ptr, v_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, kept_ptr, state_ptr,
     states_ptr, settled_ptr, small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
     PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +192,6 @@ def neural_memory_states(
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
     SIZE: tl.constexpr = D * F
-    LAYERS: tl.constexpr = 2 if DEEP else 1
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
     PAIR: tl.constexpr = COPIES * SIZE
     WHOLE: tl.constexpr = PAIR + SIZE
@@ -188,48 +217,55 @@ def neural_memory_states(
     for j in tl.range(first, after, disable_licm=True):
         old = states + j * (LAYERS * PAIR)
         new1 = old + LAYERS * PAIR
-        new2 = new1 + (LAYERS - 1) * PAIR
+        new2, new3 = new1 + (LAYERS - 1) * PAIR, new1 + PAIR
         if not GRAD:
             through = j == after - 1
             kept = kept_ptr + ((slots + segment) * H + h) * (LAYERS * PAIR)
             new1 = tl.where(through, tl.where(ends, own, kept), new1)
             new2 = tl.where(through, tl.where(ends, own + (LAYERS - 1) * WHOLE, kept + (LAYERS - 1) * PAIR), new2)
+            if LAYERS == 3:
+                new3 = tl.where(through, tl.where(ends, own + WHOLE, kept + PAIR), new3)
         if GRAD and SETTLE[0] == "norm":
-            through = settled_ptr + program * settled_numbers(LAYERS * PAIR, EVERY, D, F)
+            through = settled_ptr + program * settled_numbers(LAYERS, PAIR, EVERY, D, F)
             new1 = tl.where(j == after - 1, through, new1)
             new2 = tl.where(j == after - 1, through + (LAYERS - 1) * PAIR, new2)
+            if LAYERS == 3:
+                new3 = tl.where(j == after - 1, through + PAIR, new3)
         anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
         at = program * STEPS + j - segment * STEPS
-        factors = (None, None)
+        factors = (None, None, None)
         if SETTLE[0] == "lq":
-            factors = keep_factors(settled_ptr + at * FACTORS, anchor, zero, SIZE, DEEP, SETTLE[1])
+            factors = keep_factors(settled_ptr + at * FACTORS, anchor, zero, SIZE, LAYERS, SETTLE[1])
         slot = step_slot(j, n, begin, place, C) * H + h
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         normed, rstd, residual, delta = inner_pass(
             k_ptr, v_ptr, tok, valid, anchor, factors, scale, load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero,
-            D, F, C, BF, DEEP, NORM, RESIDUAL, BIAS, DT, PRECISION,
+            D, F, C, BF, LAYERS, NORM, RESIDUAL, BIAS, DT, PRECISION,
         )  # fmt: skip
-        tl.store(tall(deltas_of(small_ptr, at, C, D, F, GRAD), C, D)[0], delta.to(DT))
+        tl.store(tall(deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD), C, D)[0], delta.to(DT))
         if GRAD:
-            _, units, residuals, _, _, _, _, rstds = wide_parts(workspace(small_ptr, wide_ptr, at, C, D, F)[1], C, D, F)
+            wide = workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)[1]
+            _, units, residuals, _, _, _, _, rstds = wide_parts(wide, C, D, F)
             tl.store(tall(units, C, D)[0], normed)
             tl.store(tall(residuals, C, D)[0], residual)
             tl.store(rstds + tl.arange(0, C), rstd)
         if (j < after - 1) | WALKS:
             update_pass(
-                k_ptr, tok, valid, delta.to(DT), anchor, factors, (old, old + (LAYERS - 1) * PAIR), (new1, new2), gates,
-                zero, D, F, C, BF, DEEP, MOMENTUM, DT, PRECISION,
+                k_ptr, tok, valid, delta.to(DT), anchor, factors, (old, old + (LAYERS - 1) * PAIR, old + PAIR),
+                (new1, new2, new3), gates, zero, D, F, C, BF, LAYERS, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
         if SETTLE[0] == "norm":
             upto = (j + 1) * C
             if (upto % CHUNK == 0) & (upto <= filled):
                 chunk = j * C // CHUNK - segment * EVERY
-                scales = scales_of(settled_ptr, program, chunk, LAYERS * PAIR, EVERY, D, F)
+                scales = scales_of(settled_ptr, program, chunk, LAYERS, PAIR, EVERY, D, F)
                 settle(anchor[1], new2, scales, zero, F, D, BF, D, GRAD)
-                if DEEP:
+                if LAYERS > 1:
                     settle(anchor[0], new1, scales + D, zero, D, F, D, BF, GRAD)
+                if LAYERS == 3:
+                    settle(anchor[2], new3, scales + D + F, zero, D, F, D, BF, GRAD)
                 tl.debug_barrier()
     if not GRAD:
         finish(
@@ -251,14 +287,18 @@ def finish(own, start_ptr, kept_ptr, states, given, segment, n, h, begin, length
         begin_state(own, start_ptr, n, h, zero, H, SIZE, LAYERS, COPIES, COPIES + 1, STATE)
         tl.debug_barrier()
     if empty | ((first < after) & (after * C >= filled)):
-        u1, u2 = anchor_of(states, given, filled - 1, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
+        u1, u2, u3 = anchor_of(states, given, filled - 1, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
         weights = (filled % CHUNK == 0) & ((length > 0) | (not STATE))
         if STATE:
             u1 = tl.where(empty, given + PAIR, u1)
             u2 = tl.where(empty, given + (LAYERS - 1) * WHOLE + PAIR, u2)
+            u3 = tl.where(empty, given + WHOLE + PAIR, u3)
         copy(own + PAIR, tl.where(weights, own, u1), zero, SIZE)
-        if LAYERS == 2:
-            copy(own + WHOLE + PAIR, tl.where(weights, own + WHOLE, u2), zero, SIZE)
+        if LAYERS > 1:
+            last = own + (LAYERS - 1) * WHOLE
+            copy(last + PAIR, tl.where(weights, last, u2), zero, SIZE)
+        if LAYERS == 3:
+            copy(own + WHOLE + PAIR, tl.where(weights, own + WHOLE, u3), zero, SIZE)
     if segment == 0:
         used = slots + tl.maximum(filled - 1, 0) // (CHUNK * EVERY)
         for spare in range(used, (begin + length) // (CHUNK * EVERY) + n + 1):

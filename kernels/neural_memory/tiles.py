@@ -1,4 +1,4 @@
-"""What the Triton kernels of neural memory share: tiles of tokens and matrices, gelu, LayerNorm, the gates of a step.
+"""What the Triton kernels of neural memory share: tiles of tokens and matrices, LayerNorm, the gates of a step.
 
 Everything is in the notation of docs/neural_memory.md. A step is C consecutive slots of one memory's chunk (a whole
 chunk, or a part of one longer than a tile can be); ``tok`` [C] are its tokens' offsets, ``valid`` [C] whether a slot
@@ -14,12 +14,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .hidden import hidden_of
 from .spec import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
-# gelu in its tanh form is x σ(w), w = SLOPE x + CUBE x³.
-SLOPE = tl.constexpr(1.5957691216057308)
-CUBE = tl.constexpr(0.07135481627159471)
 
 
 def _take_loop_hint() -> None:
@@ -103,26 +101,6 @@ def begin_state(target, start_ptr, n, h, zero, H: tl.constexpr, SIZE: tl.constex
 
 
 @triton.jit
-def gelu(x):
-    """gelu(x), and the σ(w) its derivatives are made of."""
-    sigma = 1.0 / (1.0 + tl.exp(-x * (SLOPE + CUBE * x * x)))
-    return x * sigma, sigma
-
-
-@triton.jit
-def gelu_slope(x, sigma):
-    """gelu′(x) = σ + x σ(1 − σ) w′."""
-    return sigma + x * sigma * (1.0 - sigma) * (SLOPE + 3.0 * CUBE * x * x)
-
-
-@triton.jit
-def gelu_curve(x, sigma):
-    """gelu″(x) = σ(1 − σ) (2 w′ + x (w″ + (1 − 2σ) w′²))."""
-    rate = SLOPE + 3.0 * CUBE * x * x
-    return sigma * (1.0 - sigma) * (2.0 * rate + x * (6.0 * CUBE * x + (1.0 - 2.0 * sigma) * rate * rate))
-
-
-@triton.jit
 def normalised(x, D: tl.constexpr):
     """(x − mean) / std of each row, and 1 / std."""
     centred = x - (tl.sum(x, 1) / D)[:, None]
@@ -197,16 +175,21 @@ def segment_steps(segment, length, place, CHUNK: tl.constexpr, C: tl.constexpr, 
 @triton.jit
 def anchor_of(states, given, base, CHUNK: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, LAYERS: tl.constexpr,
               COPIES: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
-    """Where the anchor of a step at slot ``base`` lies, first and last layer: among a segment's ``states`` the weights
-    at its chunk's first step, or in the state ``given`` before the call."""
+    """Where the anchor of a step at slot ``base`` lies, W1, W2 and W3 (without which W1 stands for it): among a
+    segment's ``states`` the weights at its chunk's first step, or in the state ``given`` before the call."""
     PAIR: tl.constexpr = COPIES * SIZE
     first = states + (base // CHUNK) * (CHUNK // C) * (LAYERS * PAIR)
     last = first + (LAYERS - 1) * PAIR
+    above = first
+    if LAYERS == 3:
+        above = first + PAIR
     if STATE:
         before = base < CHUNK
         first = tl.where(before, given + PAIR, first)
         last = tl.where(before, given + (LAYERS - 1) * (PAIR + SIZE) + PAIR, last)
-    return first, last
+        if LAYERS == 3:
+            above = tl.where(before, given + (PAIR + SIZE) + PAIR, above)
+    return first, last, above
 
 
 @triton.jit
@@ -224,24 +207,27 @@ def tall(start, C: tl.constexpr, D: tl.constexpr):
     return start + i[:, None] * D + d[None, :], start + i[None, :] * D + d[:, None]
 
 
-def workspace_sizes(c: int, d: int, f: int) -> tuple[int, int]:
-    """How many numbers of a step's backward wait in DT, and in float32; see :func:`small_parts`, :func:`wide_parts`."""
-    return 3 * c * d + 4 * c * c + 6 * c * f, c * c + 4 * c * d + 2 * c * f + c
+def workspace_sizes(c: int, d: int, f: int, layers: int) -> tuple[int, int]:
+    """How many numbers of a step's backward wait in DT, and in float32; see :func:`small_parts`, :func:`wide_parts` and
+    :func:`above_parts`."""
+    small, wide = 3 * c * d + 4 * c * c + 6 * c * f, c * c + 4 * c * d + 2 * c * f + c
+    return (small + 3 * c * f, wide + 2 * c * f) if layers == 3 else (small, wide)
 
 
 @triton.jit
-def workspace(small, wide, place, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+def workspace(small, wide, place, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LAYERS: tl.constexpr):
     """Where the tiles of one step lie."""
-    SMALL: tl.constexpr = 3 * C * D + 4 * C * C + 6 * C * F
-    WIDE: tl.constexpr = C * C + 4 * C * D + 2 * C * F + C
+    SMALL: tl.constexpr = 3 * C * D + 4 * C * C + (9 if LAYERS == 3 else 6) * C * F
+    WIDE: tl.constexpr = C * C + 4 * C * D + (4 if LAYERS == 3 else 2) * C * F + C
     return small + place * SMALL, wide + place * WIDE
 
 
 @triton.jit
-def deltas_of(small, place, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GRAD: tl.constexpr):
+def deltas_of(small, place, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LAYERS: tl.constexpr,
+              GRAD: tl.constexpr):  # fmt: skip
     """Where Δ of a step's last layer lies: first of the workspace, or in the forward alone."""
     if GRAD:
-        small, _ = workspace(small, small, place, C, D, F)
+        small, _ = workspace(small, small, place, C, D, F, LAYERS)
         return small
     else:
         return small + place * (C * D + C * F)
@@ -273,6 +259,32 @@ def wide_parts(wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
     hidden = tiles + 4 * C * D
     return (wide, tiles, tiles + C * D, tiles + 2 * C * D, tiles + 3 * C * D, hidden, hidden + C * F,
             hidden + 2 * C * F)  # fmt: skip
+
+
+@triton.jit
+def above_parts(small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+    """What there is for W3 alone, [C, F]. In DT its Δ, the gradient of the queries' pre-activations, and that of Δ,
+    which becomes that of the keys' pre-activations; in float32 both pre-activations, of keys and queries."""
+    hidden = small + 3 * C * D + 4 * C * C + 6 * C * F
+    tiles = wide + C * C + 4 * C * D + 2 * C * F + C
+    return hidden, hidden + C * F, hidden + 2 * C * F, tiles, tiles + C * F
+
+
+@triton.jit
+def pair_at(befores, aboves, at, LAYERS: tl.constexpr):
+    """A block of what belongs to W1 and of what to W3, as pre-activations do; without W3 the first twice."""
+    before = tl.load(befores + at)
+    above = before
+    if LAYERS == 3:
+        above = tl.load(aboves + at)
+    return before, above
+
+
+@triton.jit
+def hidden_at(befores, aboves, at, LAYERS: tl.constexpr):
+    """A block of hidden vectors."""
+    before, above = pair_at(befores, aboves, at, LAYERS)
+    return hidden_of(before, above, LAYERS)
 
 
 @triton.jit
