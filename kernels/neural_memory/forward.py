@@ -67,8 +67,8 @@ def constants_of(
 
 def small(constants: Mapping[str, Any]) -> bool:
     """Whether a program needs few registers; of 255 the compiler then gives a thread fewer than it needs, and spills,
-    unless there are fewer warps."""
-    return constants["LAYERS"] > 1 and constants["D"] * constants["F"] <= 4096
+    unless there are fewer warps. Three matrices need many."""
+    return constants["LAYERS"] == 2 and constants["D"] * constants["F"] <= 4096
 
 
 def large(constants: Mapping[str, Any]) -> list[Config]:

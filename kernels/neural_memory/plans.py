@@ -130,6 +130,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "gated_d128_f128_c64_plain_gd_packed_bf16": plan(
         width=128, packed=True, network="gated_mlp", expansion=1, norm=False, rule="gd"
     ),
+    "gated_d128_f512_c64_bf16": plan(width=128, network="gated_mlp"),
     "gated_d32_f64_c32_lp_lq_packed_bf16": plan(
         width=32, packed=True, network="gated_mlp", expansion=2, bias="lp", retention="lq", chunk_size=32
     ),
