@@ -21,8 +21,9 @@ from triton_checks import check_configurations
 
 from palimpsest.kernels import MemorySpec, neural_memory
 from palimpsest.kernels.launch import planning
+from palimpsest.kernels.neural_memory.canary import spec_of
 from palimpsest.kernels.neural_memory.coverage import COVERED
-from palimpsest.kernels.neural_memory.forward import step_length
+from palimpsest.kernels.neural_memory.forward import constants_of, step_length
 from palimpsest.kernels.neural_memory.plans import PLANS, VARIANTS
 
 #: network, depth, expansion, norm, residual, bias, retention, rule, chunk_size, read_after_write; packed, warm state.
@@ -229,6 +230,14 @@ def test_every_configuration_is_right(spec: MemorySpec) -> None:
             neural_memory(**one, state=state, backend="triton")
 
     check_configurations(call)
+
+
+@pytest.mark.parametrize("spec", [MemorySpec(expansion=2, chunk_size=16), *OTHERS])
+def test_a_canary_is_of_the_memory_that_it_guards(spec: MemorySpec) -> None:
+    given = make(Draw(0, torch.float32), 1, 3, spec=spec, heads=1, width=16)
+    found = spec_of(constants_of(given["q"], given["weights"], False, False, False, spec))
+    for name in (*FIELDS, "lp_power", "lq_power"):
+        assert getattr(found, name) == getattr(spec, name), name
 
 
 @pytest.mark.parametrize(
