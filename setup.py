@@ -28,6 +28,7 @@ DOORS = {
     "palimpsest-generate": "palimpsest.eval.generate:main",
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",
     "palimpsest-presets": "palimpsest.eval.presets:main",
+    "palimpsest-stability": "palimpsest.eval.stability:main",
     "palimpsest-inspect": "palimpsest.eval.inspect:main",
     "palimpsest-ablate": "palimpsest.eval.ablate:main",
     "palimpsest-describe": "palimpsest.models.describe:main",
