@@ -15,10 +15,21 @@ from ..launch import Kernel
 from .backward_carry import neural_memory_carry
 from .backward_reads import neural_memory_reads_backward
 from .canary import backward_pairs
-from .duals import derives, enter, enter_backward, leave_backward
-from .forward import READS, STATES, carry_configs, constants_of, launch, pack, segments, unpack, walk_configs
+from .duals import derives, enter, enter_backward, leave_backward, start, start_backward
+from .forward import (
+    READS,
+    STATES,
+    carry_configs,
+    constants_of,
+    held_order,
+    launch,
+    pack,
+    segments,
+    settled,
+    unpack,
+    walk_configs,
+)
 from .gate_kernels import run_gates, run_gates_backward
-from .retentions import settled_size
 from .spec import MemorySpec
 from .tiles import workspace_sizes
 
@@ -51,6 +62,7 @@ def run_backward(
     d_delta = None if delta is None else torch.empty_like(delta)
     entered = enter(state, spec)
     final = unpack(kept[1], weights, spec) if derives(spec) else []
+    ends = settled(step, state, rows, constants, spec)
     # By the reads of a step and by its error; zero where there is no step.
     d_norms = step.new_zeros((0 if norm is None else of_steps[0].shape[0], q.shape[2], 2, q.shape[3]))
     arguments = {
@@ -59,7 +71,8 @@ def run_backward(
         "d_o_ptr": grad_o.contiguous(),
         **dict(zip(("write_ptr", "vectors_ptr", "ends_ptr"), of_steps, strict=True)),
         "norm_ptr": step if norm is None else norm.contiguous(),
-        "start_ptr": pack(entered or weights, spec),
+        "start_ptr": pack(entered or start(weights, spec), spec),
+        "settled_ptr": ends,
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
         "kept_ptr": kept[0],
@@ -75,11 +88,22 @@ def run_backward(
     d_state = walk_segments(arguments, constants, rows, spec)
     d_gates = run_gates_backward(d_of_steps, *gates)
     if state:
-        found = enter_backward(unpack(d_state, weights, spec), entered, spec)
+        of_shifts = shift_gradients(ends, weights, spec)
+        found = enter_backward(unpack(d_state, weights, spec), entered, of_shifts, spec)
     else:
-        found = unpack(d_state.sum(0), weights, spec)[: len(weights)]
+        found = start_backward(unpack(d_state.sum(0), weights, spec)[: len(weights)], weights, spec)
         found = [x.to(w.dtype) for x, w in zip(found, weights, strict=True)]
     return [*d_tokens, *d_gates, d_delta, None if norm is None else d_norms.sum((0, 2)).to(norm.dtype), *found]
+
+
+def shift_gradients(ends: Tensor, weights: Sequence[Tensor], spec: MemorySpec) -> list[Tensor]:
+    """Of the shifts of every layer, where there are any, [N, H, out]."""
+    if spec.retention != "kl":
+        return []
+    widths = [weights[i].shape[-1] for i in held_order(spec)]
+    columns = sum(widths)
+    found = ends[..., columns : 2 * columns].split(widths, -1)
+    return [found[held_order(spec).index(i)] for i in range(len(weights))]
 
 
 def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: int, spec: MemorySpec) -> Tensor:
@@ -93,7 +117,6 @@ def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: in
     d_states = end.new_empty((2, *end.shape))
     arguments = arguments | {
         "states_ptr": end.new_empty((rows, heads, steps, end.shape[-1] - size)),
-        "settled_ptr": end.new_empty((rows, heads, settled_size(constants))),
         "small_ptr": q.new_empty((rows, heads, steps, small)),
         "wide_ptr": end.new_empty((rows, heads, steps, wide)),
         "zero_ptr": q.new_zeros(1, dtype=torch.int32),

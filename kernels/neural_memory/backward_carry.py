@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .backward_passes import error_down, first_update, keys_down, last_update, second_order
+from .logs import clear_shifts, log_through, settle_logs_backward, shifts_of
 from .retentions import FACTORS, factors_backward, scales_of, settle_backward, settled_numbers
 from .tiles import anchor_of, copy, fold, found_anew, segment_steps, sequence, step_offsets, workspace
 
@@ -38,6 +39,25 @@ def unsettle(j, segment, program, length, place, start_ptr, states_ptr, settled_
 
 
 @triton.jit
+def unsettle_logs(j, segment, program, length, place, states_ptr, settled_ptr, d_before_ptr, zero, D: tl.constexpr,
+                  F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
+                  COPIES: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """The same of kl."""
+    SIZE: tl.constexpr = D * F
+    PAIR: tl.constexpr = COPIES * SIZE
+    STEPS: tl.constexpr = EVERY * CHUNK // C
+    _, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
+    own = states_ptr + ((program - segment) * STEPS + j + 1) * (LAYERS * PAIR)
+    dual = tl.where(j == after - 1, log_through(settled_ptr, program, LAYERS, PAIR, D, F), own)
+    grads = d_before_ptr + program * (LAYERS * (PAIR + SIZE))
+    settle_logs_backward(dual + (LAYERS - 1) * PAIR, grads + (LAYERS - 1) * (PAIR + SIZE), zero, F, D, BF, D)
+    if LAYERS > 1:
+        settle_logs_backward(dual, grads, zero, D, F, D, BF)
+    if LAYERS == 3:
+        settle_logs_backward(dual + PAIR, grads + PAIR + SIZE, zero, D, F, D, BF)
+
+
+@triton.jit
 def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
                position_ptr, cu_ptr, states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr,
                d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H: tl.constexpr, D: tl.constexpr,
@@ -53,12 +73,21 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     STEPS: tl.constexpr = EVERY * CHUNK // C
     HOLDS: tl.constexpr = C < CHUNK or SETTLE[0] == "norm"
     kept = None
+    shifts = (None, None, None)
     if SETTLE[0] == "norm":
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         if ((j + 1) * C % CHUNK == 0) & ((j + 1) * C <= place + length):
             unsettle(
                 j, segment, program, length, place, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero, D, F, CHUNK,
                 C, EVERY, LAYERS, COPIES, STATE, BF,
+            )  # fmt: skip
+            tl.debug_barrier()
+    if SETTLE[0] == "kl":
+        program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
+        if ((j + 1) * C % CHUNK == 0) & ((j + 1) * C <= place + length):
+            unsettle_logs(
+                j, segment, program, length, place, states_ptr, settled_ptr, d_before_ptr, zero, D, F, CHUNK, C, EVERY,
+                LAYERS, COPIES, BF,
             )  # fmt: skip
             tl.debug_barrier()
     for part in tl.static_range(3):
@@ -97,7 +126,9 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
         )  # fmt: skip
         if SETTLE[0] == "lq":
             kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
-        second_order(anchor[1], kept, small, wide, zero, D, F, C, BF, LAYERS, DT, PRECISION)
+        if SETTLE[0] == "kl":
+            shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
+        second_order(anchor[1], shifts[1], kept, small, wide, zero, D, F, C, BF, LAYERS, DT, PRECISION)
         tl.debug_barrier()
     program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
     small, wide = workspace(small_ptr, wide_ptr, program * STEPS + j - segment * STEPS, C, D, F, LAYERS)
@@ -121,8 +152,10 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     grads = g1, g1 + (LAYERS - 1) * WHOLE, g1 + WHOLE
     if SETTLE[0] == "lq":
         kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
+    if SETTLE[0] == "kl":
+        shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
     keys_down(
-        k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero, D, F, C, BF, LAYERS,
+        q_ptr, k_ptr, d_k_ptr, tok, valid, anchor, shifts, grads, kept, small, wide, zero, D, F, C, BF, LAYERS,
         NORM or BIAS[0] != "dot", DT, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
@@ -180,6 +213,8 @@ def neural_memory_carry(
     last segment begins; ``d_after``: those after any other; ``d_before``: those before the segment, and the running
     ones in between; [N, H, ·] with W, S and the anchor of each layer. Segment 0 of a sequence without tokens hands
     ``end`` through."""
+    if SETTLE[0] == "kl" and STATE:
+        clear_shifts(settled_ptr, segment, LAYERS, (2 if MOMENTUM else 1) * D * F, D, F)
     begin_carry(
         segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after_ptr, zero, H, D, F, CHUNK, C, EVERY,
         LAYERS, 2 if MOMENTUM else 1, STATE, PACKED,

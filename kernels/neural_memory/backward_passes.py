@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .biases import error_of, residual_backward
 from .hidden import hidden_backward, hidden_curve, hidden_of, hidden_slopes, silu, silu_slope
+from .logs import take_shift, through_logs, weights_at
 from .retentions import BY_ABOVE_KEYS, BY_BACKS, BY_ERROR, BY_KEYS, scaled
 from .tiles import (
     above_parts,
@@ -199,11 +200,12 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
 
 
 @triton.jit
-def second_order(u2, kept, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                 LAYERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def second_order(u2, shift, kept, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
+                 BF: tl.constexpr, LAYERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Δ of the first matrices from B = Δ2 U2ᵀ: adds to the gradient of Δ2; leaves those of B and of the keys'
     pre-activations.
-    ``kept``, here and below: where the factors of lq lie, or None; B's gradient is left times the last layer's."""
+    ``kept``, here and below: where the factors of lq lie, or None; B's gradient is left times the last layer's.
+    ``shift``, ``shifts``: of kl, or None each."""
     _, backs, _, _, d_delta1s, d_hiddens = hidden_parts(small, C, D, F)
     _, _, _, d_deltas, _, befores, _, _ = wide_parts(wide, C, D, F)
     _, _, d_delta3s, aboves, _ = above_parts(small, wide, C, D, F)
@@ -236,7 +238,8 @@ def second_order(u2, kept, small, wide, zero, D: tl.constexpr, F: tl.constexpr, 
             d_above = tl.load(d_hiddens + at_hidden) * slope_above + d_delta1 * mixed
             tl.store(d_delta3s + at_hidden, d_above.to(DT))
         tl.store(d_hiddens + at_hidden, d_before.to(DT))
-        d_delta += product(d_back, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
+        weight = weights_at(u2 + f[:, None] * D + d[None, :], shift, d[None, :])
+        d_delta += product(d_back, weight, DT, PRECISION)
     tl.store(tall(d_deltas, C, D)[0], d_delta)
     if factor is not None:
         tl.store(kept + BY_BACKS, tl.sum(d_factor))
@@ -318,29 +321,35 @@ def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place,
 
 
 @triton.jit
-def keys_first(kt, d_k, d_before, before, factor, weights, grads, at, DT: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+def keys_first(kt, d_k, d_before, before, factor, weights, shift, qt, d_pres, at_hidden, f, grads, at,
+               COLUMNS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Through a block of W1 or W3: the gradient of K with what it adds, and its share of the factor's, [C]; adds to the
     gradient of the anchor."""
     d_factor = d_before
     if factor is not None:
         d_factor = tl.sum(d_before * before, 1)
     d_before = scaled(d_before, factor)
-    d_k += product(d_before, tl.trans(tl.load(weights + at).to(DT)), DT, PRECISION)
-    tl.store(grads + at, tl.load(grads + at) + product(kt, d_before, DT, PRECISION))
+    d_k += product(d_before, tl.trans(weights_at(weights + at, shift, f[None, :]).to(DT)), DT, PRECISION)
+    d_weight = product(kt, d_before, DT, PRECISION)
+    if shift is not None:
+        d_offset = product(qt, tl.load(d_pres + at_hidden), DT, PRECISION)
+        d_weight, taken = through_logs(weights + at, shift, f[None, :], d_weight, d_offset)
+        take_shift(shift + COLUMNS + f, tl.sum(taken, 0))
+    tl.store(grads + at, tl.load(grads + at) + d_weight)
     return d_k, d_factor
 
 
 @triton.jit
-def keys_down(k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero, D: tl.constexpr,
+def keys_down(q_ptr, k_ptr, d_k_ptr, tok, valid, anchor, shifts, grads, kept, small, wide, zero, D: tl.constexpr,
               F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, LAST: tl.constexpr,
               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): writes that of
-    K, and adds to those of the anchor, ``grads``; of both where W1, W2 and W3 begin."""
-    deltas, _, lasts, _, _, _, _ = small_parts(small, C, D)
-    _, _, _, _, d_backs, d_befores = hidden_parts(small, C, D, F)
+    K, and adds to those of the anchor, ``grads``; of both where W1, W2 and W3 begin. Of kl also what reads add by O."""
+    COLUMNS: tl.constexpr = D + (LAYERS - 1) * F
+    deltas, reads, lasts, _, _, _, _ = small_parts(small, C, D)
+    _, _, hiddens, d_pres, d_backs, d_befores = hidden_parts(small, C, D, F)
     _, _, _, _, d_keys, befores, _, _ = wide_parts(wide, C, D, F)
-    _, _, d_aboves, aboves, _ = above_parts(small, wide, C, D, F)
+    _, d_above_pres, d_aboves, aboves, _ = above_parts(small, wide, C, D, F)
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     kt = token_columns(k_ptr, tok, valid, d)
@@ -348,6 +357,11 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero
     d_last_t = tl.load(tall(lasts, C, D)[1])
     delta_t = tl.load(tall(deltas, C, D)[1])
     d_k = tl.load(tall(d_keys, C, D)[0])
+    qt = kt
+    if shifts[1] is not None:
+        qt = token_columns(q_ptr, tok, valid, d)
+        d_read_t = tl.load(tall(reads, C, D)[1])
+        taken = tl.zeros([D], tl.float32)
     factor = None
     above_factor = None
     if LAYERS > 1 and kept is not None:
@@ -372,7 +386,7 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero
         if LAYERS == 3:
             d_above = tl.load(d_aboves + at_hidden).to(tl.float32)
         if LAST:
-            d_hidden = product(d_last, tl.load(anchor[1] + at2), DT, PRECISION)
+            d_hidden = product(d_last, weights_at(anchor[1] + at2, shifts[1], d[:, None]), DT, PRECISION)
             more_above = d_hidden
             if LAYERS > 1:
                 d_hidden, more_above = hidden_backward(d_hidden, before, above, LAYERS)
@@ -380,14 +394,25 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero
             if LAYERS == 3:
                 d_above += more_above
             anchor2 += product(d_last_t, hidden, DT, PRECISION)
-        if LAYERS > 1 or LAST:
+        if shifts[1] is not None:
+            read = tl.load(hiddens + at_hidden) if LAYERS > 1 else token_rows(q_ptr, tok, valid, f)
+            d_offset = product(d_read_t, read, DT, PRECISION)
+            anchor2, more = through_logs(anchor[1] + at2, shifts[1], d[:, None], anchor2, d_offset)
+            taken += tl.sum(more, 1)
+        if LAYERS > 1 or LAST or shifts[1] is not None:
             tl.store(grads[1] + at2, tl.load(grads[1] + at2) + anchor2)
         if LAYERS > 1:
-            d_k, more = keys_first(kt, d_k, d_before, before, factor, anchor[0], grads[0], at, DT, PRECISION)
+            d_k, more = keys_first(
+                kt, d_k, d_before, before, factor, anchor[0], shifts[0], qt, d_pres, at_hidden, f, grads[0], at,
+                COLUMNS, DT, PRECISION,
+            )  # fmt: skip
             if factor is not None:
                 d_factor += more
             if LAYERS == 3:
-                d_k, more = keys_first(kt, d_k, d_above, above, above_factor, anchor[2], grads[2], at, DT, PRECISION)
+                d_k, more = keys_first(
+                    kt, d_k, d_above, above, above_factor, anchor[2], shifts[2], qt, d_above_pres, at_hidden, f,
+                    grads[2], at, COLUMNS, DT, PRECISION,
+                )  # fmt: skip
                 if factor is not None:
                     d_above_factor += more
         else:
@@ -395,6 +420,8 @@ def keys_down(k_ptr, d_k_ptr, tok, valid, anchor, grads, kept, small, wide, zero
             tl.store(d_k_ptr + tok[:, None] + f[None, :], d_hidden.to(DT), mask=valid[:, None])
     if LAYERS > 1:
         tl.store(d_k_ptr + tok[:, None] + d[None, :], d_k.to(DT), mask=valid[:, None])
+    if shifts[1] is not None:
+        take_shift(shifts[1] + COLUMNS + d, taken)
     if factor is not None:
         tl.store(kept + BY_KEYS, tl.sum(d_factor))
         if LAYERS == 3:

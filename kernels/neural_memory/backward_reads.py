@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 
 from .hidden import hidden_backward, hidden_of
+from .logs import running, shifts_of
 from .retentions import BY_ABOVE_READS, BY_FIRST_READS, FACTORS, scaled
 from .tiles import (
     above_parts,
+    anchor_of,
     found_anew,
     hidden_at,
     hidden_parts,
@@ -56,12 +58,12 @@ def flows(write, small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 
 
 @triton.jit
-def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, kept, d_vectors, small, wide, zero,
-               D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
+def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shift, gates, kept, d_vectors, small,
+               wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
                RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the last layer's reads: the gradients of the queries' pre-activations, of the hidden keys and of
     the first layer's Δ, by its reads, to the workspace; those of A and f. A linear memory's query is its hidden
-    vector. ``kept``: where the factors of lq lie, or None."""
+    vector. ``kept``: where the factors of lq lie, or None; ``anchor``, ``shift``: of kl, or None."""
     SIZE: tl.constexpr = D * F
     retain, carry, _, _, _, _, _ = gates
     _, reads, _, flows, flows_t, _, _ = small_parts(small, C, D)
@@ -97,9 +99,14 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, kept,
             hidden = token_rows(k_ptr, tok, valid, f)
             read_hidden = token_rows(q_ptr, tok, valid, f)
             read = read_hidden.to(tl.float32)
-        to_weight = product(d_read, tl.load(weights + at), DT, PRECISION)
+        weight, offset = running(weights + at, anchor, at, shift, d[:, None])
+        to_weight = product(d_read, weight, DT, PRECISION)
         d_retain += tl.sum(read * to_weight, 1)
         d_read_hidden = to_weight * retain[:, None] + product(flow, hidden, DT, PRECISION)
+        if shift is not None:
+            to_offset = product(d_read, offset, DT, PRECISION)
+            d_retain -= tl.sum(read * to_offset, 1)
+            d_read_hidden += to_offset * (1.0 - retain)[:, None]
         if MOMENTUM:
             to_moment = product(d_read, tl.load(weights + SIZE + at), DT, PRECISION)
             d_carry += tl.sum(read * to_moment, 1)
@@ -176,8 +183,8 @@ def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, zero,
 
 
 @triton.jit
-def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors, small, wide, zero,
-                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
+def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shifts, gates, d_vectors, small, wide,
+                zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
                 RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the first layer's reads, and those of W3: writes the gradient of Q; adds to those of A and f."""
@@ -191,21 +198,31 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_ve
     i = tl.arange(0, C)
     by_weight = tl.zeros([C, D], tl.float32)
     by_moment = tl.zeros([C, D], tl.float32)
+    by_offset = by_moment
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
         d_pre = tl.load(d_pres + i[:, None] * F + f[None, :])
-        by_weight += product(d_pre, tl.trans(tl.load(weights + at).to(DT)), DT, PRECISION)
+        weight, offset = running(weights + at, anchor[0], at, shifts[0], f[None, :])
+        by_weight += product(d_pre, tl.trans(weight.to(DT)), DT, PRECISION)
+        if shifts[0] is not None:
+            by_offset += product(d_pre, tl.trans(offset.to(DT)), DT, PRECISION)
         if MOMENTUM:
             by_moment += product(d_pre, tl.trans(tl.load(weights + SIZE + at).to(DT)), DT, PRECISION)
         if LAYERS == 3:
             d_pre = tl.load(d_above_pres + i[:, None] * F + f[None, :])
-            by_weight += product(d_pre, tl.trans(tl.load(weights + PAIR + at).to(DT)), DT, PRECISION)
+            weight, offset = running(weights + PAIR + at, anchor[2], at, shifts[2], f[None, :])
+            by_weight += product(d_pre, tl.trans(weight.to(DT)), DT, PRECISION)
+            if shifts[2] is not None:
+                by_offset += product(d_pre, tl.trans(offset.to(DT)), DT, PRECISION)
             if MOMENTUM:
                 by_moment += product(d_pre, tl.trans(tl.load(weights + PAIR + SIZE + at).to(DT)), DT, PRECISION)
     q = token_rows(q_ptr, tok, valid, d).to(tl.float32)
     k = token_rows(k_ptr, tok, valid, d)
     d_q = by_weight * retain[:, None] + product(tl.load(square(scores, C)[0]), k, DT, PRECISION)
+    if shifts[0] is not None:
+        d_q += by_offset * (1.0 - retain)[:, None]
+        by_weight -= by_offset
     tl.store(d_vectors + i, tl.load(d_vectors + i) + tl.sum(q * by_weight, 1))
     if MOMENTUM:
         d_q += by_moment * carry[:, None]
@@ -217,16 +234,17 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_ve
 
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_reads_backward(
-    q_ptr, k_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, position_ptr, cu_ptr, states_ptr, d_q_ptr, d_write_ptr,
-    d_vectors_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
+    q_ptr, k_ptr, d_o_ptr, write_ptr, vectors_ptr, ends_ptr, start_ptr, position_ptr, cu_ptr, states_ptr, d_q_ptr,
+    d_write_ptr, d_vectors_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
     STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Backward through the reads of one step: writes the gradients of Q, Λ, A and f, and to the workspace what reads
     add to those of Δ, of the hidden keys and of K."""
     n = tl.program_id(0) // H
-    PAIR: tl.constexpr = (2 if MOMENTUM else 1) * D * F
+    COPIES: tl.constexpr = 2 if MOMENTUM else 1
+    PAIR: tl.constexpr = COPIES * D * F
     STEPS: tl.constexpr = EVERY * CHUNK // C
     _, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
@@ -248,12 +266,21 @@ def neural_memory_reads_backward(
         weights = states_ptr + (program * STEPS + tl.program_id(1)) * (LAYERS * PAIR)
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+        anchor = (None, None, None)
+        shifts = (None, None, None)
+        if SETTLE[0] == "kl":
+            anchor = anchor_of(
+                states_ptr + (program - segment) * STEPS * (LAYERS * PAIR),
+                start_ptr + program * (LAYERS * (PAIR + D * F)), j * C, CHUNK, C, D * F, LAYERS, COPIES, STATE,
+            )  # fmt: skip
+            shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
         kept = None
         if SETTLE[0] == "lq":
             kept = settled_ptr + (program * STEPS + tl.program_id(1)) * FACTORS
         last_reads(
-            q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, gates, kept,
-            d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT, PRECISION,
+            q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, anchor[1], shifts[1], gates,
+            kept, d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT,
+            PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(
@@ -273,7 +300,16 @@ def neural_memory_reads_backward(
             weights = states_ptr + (program * STEPS + tl.program_id(1)) * (LAYERS * PAIR)
             gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
             tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
+            anchor = (None, None, None)
+            shifts = (None, None, None)
+            if SETTLE[0] == "kl":
+                anchor = anchor_of(
+                    states_ptr + (program - segment) * STEPS * (LAYERS * PAIR),
+                    start_ptr + program * (LAYERS * (PAIR + D * F)), j * C, CHUNK, C, D * F, LAYERS, COPIES, STATE,
+                )  # fmt: skip
+                shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
             first_reads(
-                q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, gates, d_vectors_ptr + slot * (4 * C), small, wide,
-                zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT, PRECISION,
+                q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shifts, gates,
+                d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT,
+                PRECISION,
             )  # fmt: skip

@@ -54,15 +54,19 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
     shape = (1, length, heads)
     q, k, v = (torch.randn((*shape, width), generator=generator).to(device) for _ in range(3))
     shapes = spec.weight_shapes(heads, width, width)
+    # Weights of kl are positive, so outputs and steps are large where nothing normalises them; and decay makes them
+    # equal: a LayerNorm of equal outputs is of rounding alone.
+    logs = spec.retention == "kl"
+    largest, decay = (0.1 / width, 0.1) if logs else (1.0, 1.0)
     given: dict[str, Any] = {
         "q": torch.nn.functional.normalize(q, dim=-1),
         "k": torch.nn.functional.normalize(k, dim=-1),
         "v": v,
-        "step": uniform(0.1, 1.0, *shape) / spec.chunk_size,
-        "log_retain": uniform(-0.1, -0.001, *shape) if spec.retention_gate else None,
+        "step": uniform(0.1, 1.0, *shape) * largest / spec.chunk_size,
+        "log_retain": uniform(-0.1, -0.001, *shape) * decay if spec.retention_gate else None,
         "log_momentum": uniform(-2.0, -0.2, *shape) if spec.momentum_gate else None,
         "delta": uniform(0.25, 1.5, *shape) * width**0.5 if spec.bias == "huber" else None,
-        "weights": [torch.randn(s, generator=generator).to(device) * s[1] ** -0.5 for s in shapes],
+        "weights": [torch.randn(s, generator=generator).to(device) * s[1] ** (0.0 if logs else -0.5) for s in shapes],
         "norm": uniform(0.5, 1.5, heads, width) if spec.norm else None,
         "spec": spec,
     }

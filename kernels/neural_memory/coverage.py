@@ -8,7 +8,7 @@ from .spec import MemorySpec
 COVERED: dict[str, tuple[object, ...]] = {
     "network": ("linear", "mlp", "gated_mlp"),
     "bias": ("l2", "dot", "lp", "huber"),
-    "retention": ("l2", "none", "norm", "lq"),
+    "retention": ("l2", "none", "norm", "lq", "kl"),
     "rule": ("gd", "momentum"),
     "window": (1,),
     "gates": ("head",),

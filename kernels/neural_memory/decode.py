@@ -18,6 +18,7 @@ from .biases import error_of
 from .canary import decode_pairs
 from .forward import constants_of
 from .hidden import hidden_backward, hidden_of
+from .logs import exponentials, log_means, settle_logs
 from .retentions import factor_of, scaled, settle
 from .spec import MemorySpec
 from .tiles import EPS, copy
@@ -32,9 +33,11 @@ def row_unit(x, D: tl.constexpr):
 
 
 @triton.jit
-def written(layer, at, gradient, factor, theta, retain, momentum, ended, MOMENTUM: tl.constexpr):
+def written(layer, at, gradient, factor, weight, theta, retain, momentum, ended, MOMENTUM: tl.constexpr,
+            SETTLE: tl.constexpr):  # fmt: skip
     """S ← η S − θ g, W ← a W + S on one block, and the anchor, which W becomes where the chunk has ``ended``; returns W
-    before and after. ``factor``: lq's r, or None."""
+    before and after. ``factor``: lq's r, or None. Of kl W ← a W + (1 − a) O + S with O = F(U) − U, ``weight`` being
+    F(U), and the anchor becomes D = W − O."""
     w, s, u, new_w, new_s, new_u = layer
     before = tl.load(w + at)
     change = -theta * gradient
@@ -42,8 +45,13 @@ def written(layer, at, gradient, factor, theta, retain, momentum, ended, MOMENTU
         change += momentum * tl.load(s + at)
         tl.store(new_s + at, change)
     after = retain * before + scaled(change, factor)
+    if SETTLE[0] == "kl":
+        start = tl.load(u + at)
+        after += (1.0 - retain) * (weight - start)
+        tl.store(new_u + at, tl.where(ended, after - (weight - start), start))
+    else:
+        tl.store(new_u + at, tl.where(ended, after, tl.load(u + at)))
     tl.store(new_w + at, after)
-    tl.store(new_u + at, tl.where(ended, after, tl.load(u + at)))
     return before, after
 
 
@@ -59,12 +67,17 @@ def multiple(target, source, factor, zero, COUNT: tl.constexpr):
 @triton.jit
 def settle_token(layer, factor, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                  SETTLE: tl.constexpr):  # fmt: skip
-    """W after a chunk's last token, and the anchor: W, or of lq the D that W is ``factor`` times, and W of that."""
+    """W after a chunk's last token, and the anchor: W, or of lq the D that W is ``factor`` times, and W of that; of kl
+    the D that is there, and its exponential."""
     _, _, u, new_w, _, new_u = layer
     if SETTLE[0] == "lq":
         multiple(new_u, new_w, 1.0 / factor, zero, IN * OUT)
         tl.debug_barrier()
         multiple(new_w, new_u, factor_of(new_u, zero, IN * OUT, SETTLE[1])[0], zero, IN * OUT)
+    elif SETTLE[0] == "kl":
+        settle_logs(new_u, zero, IN, OUT, ROWS, COLS)
+        tl.debug_barrier()
+        exponentials(new_w, new_u, zero, IN * OUT)
     else:
         settle(u, new_w, new_w, zero, IN, OUT, ROWS, COLS, False)
         tl.debug_barrier()
@@ -85,13 +98,35 @@ def token_factors(first, last, third, zero, SIZE: tl.constexpr, LAYERS: tl.const
 
 
 @triton.jit
-def key_block(first, third, k, at, factors, LAYERS: tl.constexpr):
-    """The key's pre-activations by a block of W1 and of W3 at the anchor."""
-    before = scaled(tl.sum(tl.load(first[2] + at) * k[:, None], 0), factors[0])
+def columns_at(anchor, D: tl.constexpr, SETTLE: tl.constexpr):
+    """Whole columns of W1 or W3 at the anchor."""
+    weight = tl.load(anchor)
+    if SETTLE[0] == "kl":
+        powers = tl.exp(weight - tl.max(weight, 0)[None, :])
+        weight = powers * (D / tl.sum(powers, 0))[None, :]
+    return weight
+
+
+@triton.jit
+def rows_at(anchor, shift, SETTLE: tl.constexpr):
+    """Rows of W2 at the anchor; ``shift``: of kl, that of its columns."""
+    weight = tl.load(anchor)
+    if SETTLE[0] == "kl":
+        weight = tl.exp(weight - shift[None, :])
+    return weight
+
+
+@triton.jit
+def key_block(first, third, k, at, factors, D: tl.constexpr, LAYERS: tl.constexpr, SETTLE: tl.constexpr):
+    """The key's pre-activations by a block of W1 and of W3 at the anchor, and the blocks."""
+    weight = columns_at(first[2] + at, D, SETTLE)
+    before = scaled(tl.sum(weight * k[:, None], 0), factors[0])
+    weight_above = weight
     above = before
     if LAYERS == 3:
-        above = scaled(tl.sum(tl.load(third[2] + at) * k[:, None], 0), factors[2])
-    return before, above
+        weight_above = columns_at(third[2] + at, D, SETTLE)
+        above = scaled(tl.sum(weight_above * k[:, None], 0), factors[2])
+    return before, above, weight, weight_above
 
 
 @triton.jit(do_not_specialize=["zero"])
@@ -128,15 +163,20 @@ def neural_memory_decode(
     factors = (None, None, None)
     if SETTLE[0] == "lq":
         factors = token_factors(first, last, third, zero, SIZE, LAYERS, SETTLE[1])
+    shift = tl.zeros([D], tl.float32)
+    if SETTLE[0] == "kl":
+        shift = log_means(last[2], 0, zero, F, D, BF, D)
     out = tl.zeros([D], tl.float32)
     for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
         if LAYERS > 1:
-            before, above = key_block(first, third, k, d[:, None] * F + f[None, :], factors, LAYERS)
+            before, above, _, _ = key_block(
+                first, third, k, d[:, None] * F + f[None, :], factors, D, LAYERS, SETTLE
+            )  # fmt: skip
             hidden = hidden_of(before, above, LAYERS)
         else:
             hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
-        out += tl.sum(tl.load(last[2] + f[:, None] * D + d[None, :]) * hidden[:, None], 0)
+        out += tl.sum(rows_at(last[2] + f[:, None] * D + d[None, :], shift, SETTLE) * hidden[:, None], 0)
     out = scaled(out, factors[1])
     delta = error
     if NORM:
@@ -157,26 +197,36 @@ def neural_memory_decode(
     for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
         at_last = f[:, None] * D + d[None, :]
+        weight_last = delta
+        if LAYERS > 1 or SETTLE[0] == "kl":
+            weight_last = rows_at(last[2] + at_last, shift, SETTLE)
         if LAYERS > 1:
             at_first = d[:, None] * F + f[None, :]
-            before, above = key_block(first, third, k, at_first, factors, LAYERS)
+            before, above, weight, weight_above = key_block(first, third, k, at_first, factors, D, LAYERS, SETTLE)
             hidden = hidden_of(before, above, LAYERS)
-            back = scaled(tl.sum(tl.load(last[2] + at_last) * delta[None, :], 1), factors[1])
+            back = scaled(tl.sum(weight_last * delta[None, :], 1), factors[1])
             delta1, delta3 = hidden_backward(back, before, above, LAYERS)
             gradient = k[:, None] * delta1[None, :]
-            old, new = written(first, at_first, gradient, factors[0], theta, retain, momentum, ended, MOMENTUM)
+            old, new = written(
+                first, at_first, gradient, factors[0], weight, theta, retain, momentum, ended, MOMENTUM, SETTLE
+            )  # fmt: skip
             asked = tl.sum((old if LATE else new) * q[:, None], 0)
             asked_above = asked
             if LAYERS == 3:
                 gradient = k[:, None] * delta3[None, :]
-                old, new = written(third, at_first, gradient, factors[2], theta, retain, momentum, ended, MOMENTUM)
+                old, new = written(
+                    third, at_first, gradient, factors[2], weight_above, theta, retain, momentum, ended, MOMENTUM,
+                    SETTLE,
+                )  # fmt: skip
                 asked_above = tl.sum((old if LATE else new) * q[:, None], 0)
             asked = hidden_of(asked, asked_above, LAYERS)
         else:
             hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
             asked = tl.load(q_ptr + row * D + f).to(tl.float32)
         gradient = hidden[:, None] * delta[None, :]
-        old, new = written(last, at_last, gradient, factors[1], theta, retain, momentum, ended, MOMENTUM)
+        old, new = written(
+            last, at_last, gradient, factors[1], weight_last, theta, retain, momentum, ended, MOMENTUM, SETTLE
+        )  # fmt: skip
         read += tl.sum((old if LATE else new) * asked[:, None], 0)
     if NORM:
         read = row_unit(read, D)[0] * scale

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..launch import Config, Kernel, Pairs, precision
 from .canary import LP, backward_pairs, forward_pairs
 from .cost import kept_slots, segment_chunks
-from .duals import derives, enter, leave
+from .duals import derives, enter, leave, shifts, start
 from .gate_kernels import run_gates
 from .reads import neural_memory_reads
 from .retentions import settled_size
@@ -158,6 +158,19 @@ def unpack(packed: Tensor, weights: Sequence[Tensor], spec: MemorySpec) -> list[
     ]
 
 
+def settled(like: Tensor, state: Sequence[Tensor], rows: int, constants: Mapping[str, Any], spec: MemorySpec) -> Tensor:
+    """Where a retention keeps what ``settled_size`` counts; of kl with the shifts of a state."""
+    shape = rows, constants["H"], settled_size(constants)
+    if spec.retention != "kl":
+        return like.new_empty(shape)
+    out = like.new_zeros(shape)
+    if state:
+        found = shifts(state, spec)
+        columns = torch.cat([found[i] for i in held_order(spec)], -1)
+        out[..., : columns.shape[-1]] = columns
+    return out
+
+
 def run_forward(
     tokens: Sequence[Tensor | None],
     weights: Sequence[Tensor],
@@ -192,14 +205,14 @@ def run_forward(
         "vectors_ptr": vectors,
         "ends_ptr": ends,
         "norm_ptr": q if norm is None else norm.contiguous(),
-        "start_ptr": pack(enter(state, spec) if state else weights, spec),
+        "start_ptr": pack(enter(state, spec) if state else start(weights, spec), spec),
         "position_ptr": step if position is None else position,
         "cu_ptr": step if cu_seqlens is None else cu_seqlens,
         "o_ptr": o,
         "state_ptr": final,
         "kept_ptr": kept,
         "states_ptr": step.new_empty((rows, heads, steps, (parts - 1) * size)),
-        "settled_ptr": step.new_empty((rows, heads, settled_size(constants))),
+        "settled_ptr": settled(step, state, rows, constants, spec),
         "small_ptr": q.new_empty((rows, heads, steps, c * (d + constants["F"]))),
         # Of the backward alone:
         **dict.fromkeys(("d_o_ptr", "d_norm_ptr", "wide_ptr"), step),

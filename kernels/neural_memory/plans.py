@@ -125,6 +125,9 @@ VARIANTS: dict[str, Callable[[], None]] = {
         width=128, packed=True, expansion=1, norm=False, rule="gd", retention="lq", lq_power=3.0
     ),
     "linear_d32_c16_lq_bf16": plan(width=32, network="linear", retention="lq", chunk_size=16),
+    "mlp_f256_c64_kl_packed_bf16": plan(packed=True, retention="kl"),
+    "mlp_d128_f128_c64_plain_gd_kl_bf16": plan(width=128, expansion=1, norm=False, rule="gd", retention="kl"),
+    "linear_d32_c16_kl_bf16": plan(width=32, network="linear", retention="kl", chunk_size=16),
     # The gated network: three matrices.
     "gated_f256_c64_bf16": plan(network="gated_mlp"),
     "gated_d128_f128_c64_plain_gd_packed_bf16": plan(
@@ -139,4 +142,5 @@ VARIANTS: dict[str, Callable[[], None]] = {
         call, MemorySpec(bias="huber", retention="norm"), length=1, decode=True
     ),
     "mlp_f256_lp_lq_decode_bf16": partial(call, MemorySpec(bias="lp", retention="lq"), length=1, decode=True),
+    "mlp_f256_kl_decode_bf16": partial(call, MemorySpec(retention="kl"), length=1, decode=True),
 }

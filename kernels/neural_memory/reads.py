@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .hidden import hidden_of
+from .logs import running, shifts_of
 from .retentions import BY_READS, FACTORS, load_factors, scaled
 from .states import anchor_block, keys_block
 from .tiles import (
@@ -35,10 +36,13 @@ from .tiles import (
 
 
 @triton.jit
-def first_read(q, scores, delta, weights, at, retain, carry, factor, SIZE: tl.constexpr, MOMENTUM: tl.constexpr,
-               DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def first_read(q, scores, delta, weights, anchor, shift, f, at, retain, carry, factor, SIZE: tl.constexpr,
+               MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The queries' pre-activations of a block of W1 or W3."""
-    pre = product(q, tl.load(weights + at), DT, PRECISION) * retain[:, None]
+    weight, offset = running(weights + at, anchor, at, shift, f[None, :])
+    pre = product(q, weight, DT, PRECISION) * retain[:, None]
+    if shift is not None:
+        pre += product(q, offset, DT, PRECISION) * (1.0 - retain)[:, None]
     pre -= product(scores, delta, DT, PRECISION)
     if MOMENTUM:
         pre += product(q, tl.load(weights + SIZE + at), DT, PRECISION) * carry[:, None]
@@ -46,7 +50,7 @@ def first_read(q, scores, delta, weights, at, retain, carry, factor, SIZE: tl.co
 
 
 @triton.jit
-def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write, gates, reads, hiddens, zero,
+def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states, write, gates, reads, hiddens, zero,
                D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
                MOMENTUM: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The reads up to the LayerNorm, but for the term of the last layer's scores; with h h_Kᵀ of that layer. The hidden
@@ -76,17 +80,19 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write,
         at_hidden = i[:, None] * F + f[None, :]
         if LAYERS > 1:
             kt = token_columns(k_ptr, tok + start * zero, valid, d)
-            block = anchor_block(anchor, at1, at2, DT, LAYERS)
+            block = anchor_block(anchor, shifts, f, d, at1, at2, DT, LAYERS)
             before, above, back, delta1, delta3, hidden_t = keys_block(
                 k, kt, delta, block, factors, LAYERS, DT, PRECISION
             )  # fmt: skip
             pre = first_read(
-                q, scores, delta1, states[0], at1, retain, carry, factors[0], SIZE, MOMENTUM, DT, PRECISION
+                q, scores, delta1, states[0], anchor[0], shifts[0], f, at1, retain, carry, factors[0], SIZE, MOMENTUM,
+                DT, PRECISION,
             )  # fmt: skip
             pre_above = pre
             if LAYERS == 3:
                 pre_above = first_read(
-                    q, scores, delta3, states[2], at1, retain, carry, factors[2], SIZE, MOMENTUM, DT, PRECISION
+                    q, scores, delta3, states[2], anchor[2], shifts[2], f, at1, retain, carry, factors[2], SIZE,
+                    MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
             read = hidden_of(pre, pre_above, LAYERS)
             tl.store(reads + at_hidden, read.to(DT))
@@ -115,7 +121,10 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, factors, states, write,
             hidden = tl.load(reads + i[:, None] * F + f[None, :]).to(tl.float32)
         else:
             hidden = token_rows(q_ptr, tok, valid, f).to(tl.float32)
-        out += product(hidden * retain[:, None], tl.load(states[1] + at2), DT, PRECISION)
+        weight, offset = running(states[1] + at2, anchor[1], at2, shifts[1], d[None, :])
+        out += product(hidden * retain[:, None], weight, DT, PRECISION)
+        if shifts[1] is not None:
+            out += product(hidden * (1.0 - retain)[:, None], offset, DT, PRECISION)
         if MOMENTUM:
             out += product(hidden * carry[:, None], tl.load(states[1] + SIZE + at2), DT, PRECISION)
     return products, out
@@ -150,6 +159,9 @@ def neural_memory_reads(
         begun = states + j * (LAYERS * PAIR)
         now = begun, begun + (LAYERS - 1) * PAIR, begun + PAIR
         deltas = deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD)
+        shifts = (None, None, None)
+        if SETTLE[0] == "kl":
+            shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
         factors = (None, None, None)
         if SETTLE[0] == "lq":
             factors = load_factors(settled_ptr + at * FACTORS, LAYERS)
@@ -164,8 +176,9 @@ def neural_memory_reads(
             more, scores = above_parts(small, wide, C, D, F), small_parts(small, C, D)[6]
             tiles = parts[0], parts[1], wides[5], wides[6], parts[4], scores, more[0], more[3], more[4]
         found, out = reads_pass(
-            q_ptr, k_ptr, tok, valid, deltas, anchor, factors, now, square(write_ptr + slot * (C * C), C)[0], gates,
-            hidden, tiles, zero, D, F, C, BF, LAYERS, MOMENTUM, GRAD, DT, PRECISION,
+            q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, now,
+            square(write_ptr + slot * (C * C), C)[0], gates, hidden, tiles, zero, D, F, C, BF, LAYERS, MOMENTUM, GRAD,
+            DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)

@@ -33,6 +33,8 @@ def settled_size(constants: Mapping[str, Any]) -> int:
     layers, copies = constants["LAYERS"], 1 + constants["MOMENTUM"]
     if constants["SETTLE"][0] == "norm" and constants["GRAD"]:
         return layers * copies * d * f + constants["EVERY"] * (d + (layers - 1) * f)
+    if constants["SETTLE"][0] == "kl":
+        return 4 * (d + (layers - 1) * f) + layers * copies * d * f
     return steps * FACTORS.value if constants["SETTLE"][0] == "lq" else 1
 
 

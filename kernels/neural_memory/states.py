@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .biases import error_of, load_thresholds
 from .hidden import hidden_backward, hidden_of
+from .logs import log_through, settle_logs, shifts_of, weights_at
 from .retentions import FACTORS, keep_factors, scaled, scales_of, settle, settled_numbers
 from .tiles import (
     anchor_of,
@@ -39,10 +40,11 @@ from .tiles import (
 
 
 @triton.jit
-def inner_pass(k_ptr, v_ptr, tok, valid, anchor, factors, scale, thresholds, zero, D: tl.constexpr,
+def inner_pass(k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale, thresholds, zero, D: tl.constexpr,
                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr,
                RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The keys' pass at the anchor: ẑ and 1/std of the last layer, the residual r, and Δ of the last layer."""
+    """The keys' pass at the anchor: ẑ and 1/std of the last layer, the residual r, and Δ of the last layer. ``shifts``,
+    here and below: those of kl, or None each."""
     u1, u2, u3 = anchor
     d = tl.arange(0, D)
     last = tl.zeros([C, D], tl.float32)
@@ -52,14 +54,14 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, factors, scale, thresholds, zer
             f = start + tl.arange(0, BF)
             if LAYERS > 1:
                 at = d[:, None] * F + f[None, :]
-                before = scaled(product(k, tl.load(u1 + at), DT, PRECISION), factors[0])
+                before = scaled(product(k, weights_at(u1 + at, shifts[0], f[None, :]), DT, PRECISION), factors[0])
                 above = before
                 if LAYERS == 3:
-                    above = scaled(product(k, tl.load(u3 + at), DT, PRECISION), factors[2])
+                    above = scaled(product(k, weights_at(u3 + at, shifts[2], f[None, :]), DT, PRECISION), factors[2])
                 hidden = hidden_of(before, above, LAYERS)
             else:
                 hidden = token_rows(k_ptr, tok, valid, f)
-            last += product(hidden, tl.load(u2 + f[:, None] * D + d[None, :]), DT, PRECISION)
+            last += product(hidden, weights_at(u2 + f[:, None] * D + d[None, :], shifts[1], d[None, :]), DT, PRECISION)
         last = scaled(last, factors[1])
     residual = -token_rows(v_ptr, tok, valid, d).to(tl.float32)
     normed = last
@@ -80,12 +82,13 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, factors, scale, thresholds, zer
 
 
 @triton.jit
-def anchor_block(anchor, at1, at2, DT: tl.constexpr, LAYERS: tl.constexpr):
-    """A block of hidden units of W1 [D, BF], W2 [BF, D] and W3 [D, BF] at the anchor."""
-    first, last = tl.load(anchor[0] + at1).to(DT), tl.load(anchor[1] + at2).to(DT)
+def anchor_block(anchor, shifts, f, d, at1, at2, DT: tl.constexpr, LAYERS: tl.constexpr):
+    """A block of hidden units f of W1 [D, BF], W2 [BF, D] and W3 [D, BF] at the anchor."""
+    first = weights_at(anchor[0] + at1, shifts[0], f[None, :]).to(DT)
+    last = weights_at(anchor[1] + at2, shifts[1], d[None, :]).to(DT)
     above = first
     if LAYERS == 3:
-        above = tl.load(anchor[2] + at1).to(DT)
+        above = weights_at(anchor[2] + at1, shifts[2], f[None, :]).to(DT)
     return first, last, above
 
 
@@ -134,9 +137,9 @@ def update_first(kt, delta, old, new, at, gates, SIZE: tl.constexpr, MOMENTUM: t
 
 
 @triton.jit
-def update_pass(k_ptr, tok, valid, delta, anchor, factors, old, new, gates, zero, D: tl.constexpr, F: tl.constexpr,
-                C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+def update_pass(k_ptr, tok, valid, delta, anchor, shifts, factors, old, new, gates, zero, D: tl.constexpr,
+                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, MOMENTUM: tl.constexpr,
+                DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The state after the step. ``anchor``, ``old``, ``new``: where W1, W2 and W3 begin; S follows W."""
     SIZE: tl.constexpr = D * F
     _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
@@ -148,7 +151,7 @@ def update_pass(k_ptr, tok, valid, delta, anchor, factors, old, new, gates, zero
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
         if LAYERS > 1:
-            block = anchor_block(anchor, at1, at2, DT, LAYERS)
+            block = anchor_block(anchor, shifts, f, d, at1, at2, DT, LAYERS)
             delta1, delta3, hidden_t = keys_block(k, kt, delta, block, factors, LAYERS, DT, PRECISION)[3:]
             update_first(kt, delta1, old[0], new[0], at1, gates, SIZE, MOMENTUM, DT, PRECISION)
             if LAYERS == 3:
@@ -196,7 +199,7 @@ def neural_memory_states(
     PAIR: tl.constexpr = COPIES * SIZE
     WHOLE: tl.constexpr = PAIR + SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
-    WALKS: tl.constexpr = (not GRAD) or SETTLE[0] == "norm"
+    WALKS: tl.constexpr = (not GRAD) or SETTLE[0] == "norm" or SETTLE[0] == "kl"
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     filled = place + length
@@ -231,8 +234,17 @@ def neural_memory_states(
             new2 = tl.where(j == after - 1, through + (LAYERS - 1) * PAIR, new2)
             if LAYERS == 3:
                 new3 = tl.where(j == after - 1, through + PAIR, new3)
+        if GRAD and SETTLE[0] == "kl":
+            through = log_through(settled_ptr, program, LAYERS, PAIR, D, F)
+            new1 = tl.where(j == after - 1, through, new1)
+            new2 = tl.where(j == after - 1, through + (LAYERS - 1) * PAIR, new2)
+            if LAYERS == 3:
+                new3 = tl.where(j == after - 1, through + PAIR, new3)
         anchor = anchor_of(states, given, j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE)
         at = program * STEPS + j - segment * STEPS
+        shifts = (None, None, None)
+        if SETTLE[0] == "kl":
+            shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
         factors = (None, None, None)
         if SETTLE[0] == "lq":
             factors = keep_factors(settled_ptr + at * FACTORS, anchor, zero, SIZE, LAYERS, SETTLE[1])
@@ -240,8 +252,9 @@ def neural_memory_states(
         gates = load_gates(vectors_ptr + slot * (4 * C), ends_ptr + slot * 4, C)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         normed, rstd, residual, delta = inner_pass(
-            k_ptr, v_ptr, tok, valid, anchor, factors, scale, load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero,
-            D, F, C, BF, LAYERS, NORM, RESIDUAL, BIAS, DT, PRECISION,
+            k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale,
+            load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero, D, F, C, BF, LAYERS, NORM, RESIDUAL, BIAS, DT,
+            PRECISION,
         )  # fmt: skip
         tl.store(tall(deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD), C, D)[0], delta.to(DT))
         if GRAD:
@@ -252,8 +265,9 @@ def neural_memory_states(
             tl.store(rstds + tl.arange(0, C), rstd)
         if (j < after - 1) | WALKS:
             update_pass(
-                k_ptr, tok, valid, delta.to(DT), anchor, factors, (old, old + (LAYERS - 1) * PAIR, old + PAIR),
-                (new1, new2, new3), gates, zero, D, F, C, BF, LAYERS, MOMENTUM, DT, PRECISION,
+                k_ptr, tok, valid, delta.to(DT), anchor, shifts, factors,
+                (old, old + (LAYERS - 1) * PAIR, old + PAIR), (new1, new2, new3), gates, zero, D, F, C, BF, LAYERS,
+                MOMENTUM, DT, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
         if SETTLE[0] == "norm":
@@ -266,6 +280,15 @@ def neural_memory_states(
                     settle(anchor[0], new1, scales + D, zero, D, F, D, BF, GRAD)
                 if LAYERS == 3:
                     settle(anchor[2], new3, scales + D + F, zero, D, F, D, BF, GRAD)
+                tl.debug_barrier()
+        if SETTLE[0] == "kl":
+            upto = (j + 1) * C
+            if (upto % CHUNK == 0) & (upto <= filled):
+                settle_logs(new2, zero, F, D, BF, D)
+                if LAYERS > 1:
+                    settle_logs(new1, zero, D, F, D, BF)
+                if LAYERS == 3:
+                    settle_logs(new3, zero, D, F, D, BF)
                 tl.debug_barrier()
     if not GRAD:
         finish(
