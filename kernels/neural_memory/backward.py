@@ -29,7 +29,8 @@ from .forward import (
     unpack,
     walk_configs,
 )
-from .gate_kernels import run_gates, run_gates_backward
+from .gate_kernels import run_all_gates_backward, run_gates
+from .slots import Band
 from .spec import MemorySpec
 from .tiles import workspace_sizes
 
@@ -48,16 +49,17 @@ def run_backward(
     cu_seqlens: Tensor | None,
     kept: Sequence[Tensor],
     spec: MemorySpec,
+    band: Band | None = None,
 ) -> list[Tensor | None]:
     """What the backward operator returns: gradients of q, k, v, the gates and norm (None where those are), then of the
-    state or, without one, of the weights."""
+    state or, without one, of the weights. ``band``: see ``run_forward``."""
     q, k, v, step, log_retain, log_momentum, delta = (None if x is None else x.contiguous() for x in tokens)
     assert q is not None and k is not None and v is not None and step is not None
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    constants = constants_of(q, weights, bool(state), cu_seqlens is not None, True, spec)
+    constants = constants_of(q, weights, bool(state), cu_seqlens is not None, True, spec, band)
     gates = step, log_retain, log_momentum, position, cu_seqlens, rows, constants
-    of_steps = run_gates(*gates, q.dtype)
-    d_of_steps = [torch.empty_like(x) for x in of_steps]
+    of_steps = run_gates(*gates, q.dtype, None if band is None else band.gamma)
+    d_of_steps = tuple(torch.empty_like(x) for x in of_steps)
     d_tokens = [torch.empty_like(x) for x in (q, k, v)]
     d_delta = None if delta is None else torch.empty_like(delta)
     entered = enter(state, spec)
@@ -85,8 +87,8 @@ def run_backward(
         "T": q.shape[1],
         "zero": 0,
     }
-    d_state = walk_segments(arguments, constants, rows, spec)
-    d_gates = run_gates_backward(d_of_steps, *gates)
+    d_state = walk_segments(arguments, constants, rows, spec, band)
+    d_gates = run_all_gates_backward(d_of_steps, gates, q.dtype, band)
     if state:
         of_shifts = shift_gradients(ends, weights, spec)
         found = enter_backward(unpack(d_state, weights, spec), entered, of_shifts, spec)
@@ -106,7 +108,9 @@ def shift_gradients(ends: Tensor, weights: Sequence[Tensor], spec: MemorySpec) -
     return [found[held_order(spec).index(i)] for i in range(len(weights))]
 
 
-def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: int, spec: MemorySpec) -> Tensor:
+def walk_segments(
+    arguments: dict[str, Any], constants: dict[str, Any], rows: int, spec: MemorySpec, band: Band | None
+) -> Tensor:
     """Launches the kernels for every segment that a sequence of these shapes can have, the last first; returns the
     gradients of the state before the call, packed like ``end_ptr``."""
     q, end = arguments["q_ptr"], arguments["end_ptr"]
@@ -121,7 +125,7 @@ def walk_segments(arguments: dict[str, Any], constants: dict[str, Any], rows: in
         "wide_ptr": end.new_empty((rows, heads, steps, wide)),
         "zero_ptr": q.new_zeros(1, dtype=torch.int32),
     }
-    for segment in reversed(range(segments(q.shape[1], constants))):
+    for segment in reversed(range(segments(q.shape[1], constants, band))):
         arguments["segment"] = segment
         arguments |= {"d_before_ptr": d_states[segment % 2], "d_after_ptr": d_states[1 - segment % 2]}
         launch(STATES, (rows * heads,), arguments, constants)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .slots import tile_of, widest_window
 from .spec import MemorySpec
 
 #: Choices of a memory that there are kernels for.
@@ -10,7 +11,6 @@ COVERED: dict[str, tuple[object, ...]] = {
     "bias": ("l2", "dot", "lp", "huber"),
     "retention": ("l2", "none", "norm", "lq", "kl"),
     "rule": ("gd", "momentum"),
-    "window": (1,),
     "gates": ("head",),
 }
 WIDTHS = (16, 32, 64, 128)
@@ -47,4 +47,6 @@ def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec)
         return "expansion", spec.expansion, "be 1, 2, 4 or 8"
     if spec.chunk_size not in (16, 32) and spec.chunk_size % 64:
         return "chunk_size", spec.chunk_size, "be 16, 32 or a multiple of 64"
+    if spec.window > 1 and tile_of(spec, width) is None:
+        return "window", spec.window, f"be at most {widest_window(width)} with heads of {width}"
     return None

@@ -19,6 +19,7 @@ from .duals import derives, enter, leave, shifts, start
 from .gate_kernels import run_gates
 from .reads import neural_memory_reads
 from .retentions import settled_size
+from .slots import Band
 from .spec import MemorySpec
 from .states import neural_memory_states
 
@@ -38,7 +39,13 @@ def settle_of(spec: MemorySpec) -> tuple[Any, ...]:
 
 
 def constants_of(
-    q: Tensor, weights: Sequence[Tensor], state: bool, packed: bool, grad: bool, spec: MemorySpec
+    q: Tensor,
+    weights: Sequence[Tensor],
+    state: bool,
+    packed: bool,
+    grad: bool,
+    spec: MemorySpec,
+    band: Band | None = None,
 ) -> dict[str, Any]:
     """What selects the function that the kernels compute."""
     return {
@@ -48,6 +55,8 @@ def constants_of(
         "CHUNK": spec.chunk_size,
         "C": step_length(spec, q.shape[3]),
         "EVERY": segment_chunks(spec, [(w.shape[1], w.shape[2]) for w in weights]),
+        "WINDOW": 1 if band is None else band.window,
+        "HALO": 0 if band is None else band.halo,
         "LAYERS": spec.layers,
         "NORM": spec.norm,
         "RESIDUAL": spec.residual,
@@ -128,10 +137,12 @@ def launch(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any], 
     kernel(lambda _: grid, given, own)
 
 
-def segments(length: int, constants: Mapping[str, Any]) -> int:
-    """How many segments a sequence of at most ``length`` tokens can have; one at least."""
-    most = length + (constants["CHUNK"] - 1 if constants["STATE"] else 0)
-    return max(1, -(-most // (constants["CHUNK"] * constants["EVERY"])))
+def segments(length: int, constants: Mapping[str, Any], band: Band | None = None) -> int:
+    """How many segments a sequence of at most ``length`` tokens can have; one at least. With a ``band``, which knows
+    the tokens, ``length`` is of slots."""
+    length, chunk = (length, constants["CHUNK"]) if band is None else (band.length, band.chunk)
+    most = length + (chunk - 1 if constants["STATE"] else 0)
+    return max(1, -(-most // (chunk * constants["EVERY"])))
 
 
 def held_order(spec: MemorySpec) -> list[int]:
@@ -180,13 +191,14 @@ def run_forward(
     cu_seqlens: Tensor | None,
     spec: MemorySpec,
     keep: bool,
+    band: Band | None = None,
 ) -> list[Tensor]:
     """What the operator returns: o, the state's tensors after the call, the position, and W and S every EVERY chunks
-    (none unless ``keep``)."""
+    (none unless ``keep``). ``band``: of a memory with a window, of whose tokens these are the slots (``slots.py``)."""
     q, k, v, step, log_retain, log_momentum, delta = (None if x is None else x.contiguous() for x in tokens)
     assert q is not None and k is not None and v is not None and step is not None
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    constants = constants_of(q, weights, bool(state), cu_seqlens is not None, False, spec)
+    constants = constants_of(q, weights, bool(state), cu_seqlens is not None, False, spec, band)
     parts = 3 if spec.has_momentum else 2
     o = torch.empty_like(v)
     heads, c, d = (constants[name] for name in "HCD")
@@ -195,7 +207,8 @@ def run_forward(
     final = step.new_empty((rows, heads, parts * size))
     slots = kept_slots(q.shape[0] * q.shape[1], rows, spec.chunk_size, constants["EVERY"])
     kept = step.new_empty((slots, heads, (parts - 1) * size))
-    write, vectors, ends = run_gates(step, log_retain, log_momentum, position, cu_seqlens, rows, constants, q.dtype)
+    gates = step, log_retain, log_momentum, position, cu_seqlens, rows, constants
+    write, vectors, ends = run_gates(*gates, q.dtype, None if band is None else band.gamma)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -220,7 +233,7 @@ def run_forward(
         "T": q.shape[1],
         "zero": 0,
     }
-    for segment in range(segments(q.shape[1], constants)):
+    for segment in range(segments(q.shape[1], constants, band)):
         arguments["segment"] = segment
         launch(STATES, (rows * heads,), arguments, constants)
         launch(READS, (rows * heads, steps), arguments, constants)

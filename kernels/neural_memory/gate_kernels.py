@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..launch import Config, Kernel, Pairs, interpreted
 from .gates import GateGradients, gates_backward, make_gates
+from .slots import Band
 from .tiles import sequence, step_slot, step_tokens
+from .window_gates import band, over_window, own_slots, run_window_backward
 
 
 @triton.jit
@@ -42,9 +44,10 @@ def decays(later, earlier, mask):
 
 @triton.jit(do_not_specialize=["T"])
 def neural_memory_gates(
-    theta_ptr, retain_ptr, momentum_ptr, position_ptr, cu_ptr, write_ptr, vectors_ptr, ends_ptr, T, H: tl.constexpr,
-    C: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr,
-    PACKED: tl.constexpr, GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    theta_ptr, retain_ptr, momentum_ptr, gamma_ptr, position_ptr, cu_ptr, write_ptr, vectors_ptr, ends_ptr, T,
+    H: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, HALO: tl.constexpr, RETENTION: tl.constexpr,
+    MOMENTUM: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GATE_PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """``write`` [slots, H, C, C]: Λ as reads use it (LATE: one token late, where reads come before writes);
     ``vectors`` [slots, H, 4, C]: A and f of the reads, Λ_c and P_c of the update; ``ends`` [slots, H, 4]: A_c, f_c and
@@ -56,12 +59,15 @@ def neural_memory_gates(
     for j in range(place // C + tl.program_id(1), tl.where(length > 0, tl.cdiv(place + length, C), 0), PARTS):
         token, valid = step_tokens(j, begin, length, place, C)
         theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, token * H + h, valid, RETENTION, MOMENTUM)
+        own = own_slots(j, place, valid, C, HALO)
         total = tl.cumsum(log_a, 0)
         read = total - log_a if LATE else total
-        decay = decays(read[:, None], total[None, :], (i[None, :] <= i[:, None] - LATE) & valid[None, :])
+        decay = decays(read[:, None], total[None, :], (i[None, :] <= i[:, None] - LATE) & own[None, :])
         last = tl.sum(log_a, 0)
-        ending = decays(last, total, valid)
+        ending = decays(last, total, own)
         slot = step_slot(j, n, begin, place, C) * H + h
+        if WINDOW > 1:
+            spread = band(tl.load(gamma_ptr + token * H + h, mask=valid, other=0.0), C, WINDOW)
         if MOMENTUM:
             inner = tl.cumsum(log_n, 0)
             momentum_write = decays(inner[:, None], inner[None, :], i[None, :] <= i[:, None]) * theta[None, :]
@@ -69,13 +75,19 @@ def neural_memory_gates(
             write = tl.dot(decay, momentum_write, input_precision=GATE_PRECISION)
             end_write = tl.sum(ending[:, None] * momentum_write, 0)
             inner_last = tl.sum(log_n, 0)
+            end_momentum = tl.exp(inner_last - inner) * theta
+            if WINDOW > 1:
+                end_momentum = over_window(end_momentum, spread)
             tl.store(vectors_ptr + slot * (4 * C) + C + i, tl.sum(decay * inertia[None, :], 1))
-            tl.store(vectors_ptr + slot * (4 * C) + 3 * C + i, tl.exp(inner_last - inner) * theta)
+            tl.store(vectors_ptr + slot * (4 * C) + 3 * C + i, end_momentum)
             tl.store(ends_ptr + slot * 4 + 1, tl.sum(ending * inertia, 0))
             tl.store(ends_ptr + slot * 4 + 2, tl.exp(inner_last))
         else:
             write = decay * theta[None, :]
             end_write = ending * theta
+        if WINDOW > 1:
+            write = tl.dot(write, spread, input_precision=GATE_PRECISION)
+            end_write = over_window(end_write, spread)
         tl.store(write_ptr + slot * (C * C) + i[:, None] * C + i[None, :], write.to(write_ptr.dtype.element_ty))
         tl.store(vectors_ptr + slot * (4 * C) + i, tl.exp(read))
         tl.store(vectors_ptr + slot * (4 * C) + 2 * C + i, end_write)
@@ -85,11 +97,12 @@ def neural_memory_gates(
 @triton.jit(do_not_specialize=["T"])
 def neural_memory_gates_backward(
     theta_ptr, retain_ptr, momentum_ptr, position_ptr, cu_ptr, d_write_ptr, d_vectors_ptr, d_ends_ptr, d_theta_ptr,
-    d_retain_ptr, d_momentum_ptr, T, H: tl.constexpr, C: tl.constexpr, RETENTION: tl.constexpr,
+    d_retain_ptr, d_momentum_ptr, T, H: tl.constexpr, C: tl.constexpr, HALO: tl.constexpr, RETENTION: tl.constexpr,
     MOMENTUM: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
     GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of θ, log a and log η from those of what :func:`neural_memory_gates` computes, laid out alike.
+    """Gradients of θ, log a and log η from those of what :func:`neural_memory_gates` computes, laid out alike: without
+    a window, as ``window_gates.py`` leaves them.
 
     Every L is exp of a difference, so its gradient times itself flows to the later sum and from the earlier one.
     Products go through their depth SIDE tokens at a time: operands as wide as a step do not fit in registers.
@@ -102,6 +115,7 @@ def neural_memory_gates_backward(
         token, valid = step_tokens(j, begin, length, place, C)
         at = token * H + h
         theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, at, valid, RETENTION, MOMENTUM)
+        own = own_slots(j, place, valid, C, HALO)
         slot = step_slot(j, n, begin, place, C) * H + h
         square = d_write_ptr + slot * (C * C)
         d_retain = tl.load(d_vectors_ptr + slot * (4 * C) + i)
@@ -110,8 +124,8 @@ def neural_memory_gates_backward(
         read = total - log_a if LATE else total
         last = tl.sum(log_a, 0)
         seen = i[None, :] <= i[:, None] - LATE
-        decay = decays(read[:, None], total[None, :], seen & valid[None, :])
-        ending = decays(last, total, valid)
+        decay = decays(read[:, None], total[None, :], seen & own[None, :])
+        ending = decays(last, total, own)
         if MOMENTUM:
             d_carry = tl.load(d_vectors_ptr + slot * (4 * C) + C + i)
             d_end_momentum = tl.load(d_vectors_ptr + slot * (4 * C) + 3 * C + i)
@@ -137,7 +151,7 @@ def neural_memory_gates_backward(
                 momentum_write_t = decays(inner[None, :], inner_s[:, None], s[:, None] <= i[None, :]) * theta_s[:, None]
                 columns = tl.load(square + i[:, None] * C + s[None, :]).to(tl.float32)
                 d_decay = tl.dot(columns, momentum_write_t, d_decay, input_precision=GATE_PRECISION)
-                decay_t = decays(read_s[None, :], total[:, None], (i[:, None] <= s[None, :] - LATE) & valid[:, None])
+                decay_t = decays(read_s[None, :], total[:, None], (i[:, None] <= s[None, :] - LATE) & own[:, None])
                 lines = tl.load(square + s[:, None] * C + i[None, :]).to(tl.float32)
                 d_kept = tl.dot(decay_t, lines, d_kept, input_precision=GATE_PRECISION)
             d_decay += d_carry[:, None] * inertia[None, :]
@@ -189,6 +203,10 @@ def _arguments(
     return {"theta_ptr": step, **{name: step if x is None else x for name, x in given.items()}, "T": step.shape[1]}
 
 
+#: θ, log a, log η, position, borders, rows and constants: what a step's gates are made of.
+Given = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, Mapping[str, Any]]
+
+
 def run_gates(
     step: Tensor,
     log_retain: Tensor | None,
@@ -198,14 +216,16 @@ def run_gates(
     rows: int,
     constants: Mapping[str, Any],
     dtype: torch.dtype,
+    gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`neural_memory_gates` documents; Λ in ``dtype``."""
+    """What :func:`neural_memory_gates` documents; Λ in ``dtype``. ``gamma``: γ, with a window."""
     slots, heads, c = step.shape[0] * step.shape[1] // constants["C"] + 2 * rows, step.shape[2], constants["C"]
     write = step.new_empty((slots, heads, c, c), dtype=dtype)
     vectors, ends = step.new_empty((slots, heads, 4, c)), step.new_empty((slots, heads, 4))
     arguments = _arguments(step, log_retain, log_momentum, position, cu_seqlens)
+    arguments |= {"gamma_ptr": step if gamma is None else gamma}
     arguments |= {"write_ptr": write, "vectors_ptr": vectors, "ends_ptr": ends}
-    GATES(_grid(rows), arguments, {name: constants[name] for name in NAMES})
+    GATES(_grid(rows), arguments, {name: constants[name] for name in ("WINDOW", *NAMES)})
     return write, vectors, ends
 
 
@@ -219,7 +239,7 @@ def run_gates_backward(
     rows: int,
     constants: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of θ, log a and log η from those of what :func:`run_gates` returns."""
+    """Gradients of θ, log a and log η from those of what :func:`run_gates` returns without a window."""
     found = [None if x is None else torch.empty_like(x) for x in (step, log_retain, log_momentum)]
     arguments = _arguments(step, log_retain, log_momentum, position, cu_seqlens)
     arguments |= dict(zip(("d_write_ptr", "d_vectors_ptr", "d_ends_ptr"), gradients, strict=True))
@@ -230,17 +250,31 @@ def run_gates_backward(
     return found[0], found[1], found[2]
 
 
-def _problem(constants: Mapping[str, Any]) -> tuple[list[Any], Tensor | None, Tensor | None]:
-    """Two steps of one row: θ, log a, log η [1, 2C, H]; position and borders where the kernel is built for them."""
+def run_all_gates_backward(
+    gradients: Sequence[Tensor], gates: Given, dtype: torch.dtype, band: Band | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of θ, log a, log η and γ; ``gates``: what :func:`run_gates` took first."""
+    of_gamma = None
+    if band is not None:
+        once = run_gates(*gates, dtype, torch.ones_like(band.gamma))
+        of_gamma, gradients = run_window_backward(band.gamma, once, gradients, *gates[3:])
+        del once
+    return *run_gates_backward(gradients, *gates), of_gamma
+
+
+def _problem(constants: Mapping[str, Any]) -> tuple[list[Any], Tensor | None, Tensor | None, Tensor | None]:
+    """Two steps of one row: θ, log a, log η [1, 2C, H]; position and borders where the kernel is built for them; and
+    which slots of [2H, C] are no halo, where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2 * constants["C"], constants["H"])
     drawn = [torch.empty(shape).uniform_(low, high, generator=generator) for low, high in ((0, 1), (-0.3, 0), (-2, 0))]
     wanted = (True, constants["RETENTION"], constants["MOMENTUM"])
-    gates = [x.to(device) if want else None for x, want in zip(drawn, wanted, strict=True)]
+    own = torch.arange(constants["C"]) >= constants["HALO"]
+    gates = [(x * own.repeat(2)[:, None]).to(device) if want else None for x, want in zip(drawn, wanted, strict=True)]
     position = torch.zeros(1, dtype=torch.int32, device=device) if constants["STATE"] else None
     borders = torch.tensor([0, shape[1]], dtype=torch.int32, device=device) if constants["PACKED"] else None
-    return gates, position, borders
+    return gates, position, borders, own.to(device).expand(2 * shape[2], -1) if constants["HALO"] else None
 
 
 def _flat(x: Tensor | None, c: int) -> Tensor | None:
@@ -249,24 +283,33 @@ def _flat(x: Tensor | None, c: int) -> Tensor | None:
 
 
 def _forward_pairs(constants: Mapping[str, Any]) -> Pairs:
-    (step, log_retain, log_momentum), position, borders = _problem(constants)
+    (step, log_retain, log_momentum), position, borders, own = _problem(constants)
     assert step is not None
-    made = run_gates(step, log_retain, log_momentum, position, borders, 1, constants, torch.float32)
-    theta, log_a, log_n = (_flat(x, constants["C"]) for x in (step, log_retain, log_momentum))
+    generator = torch.Generator().manual_seed(1)
+    gamma = torch.rand(step.shape, generator=generator).to(step.device) if constants["WINDOW"] > 1 else None
+    made = run_gates(step, log_retain, log_momentum, position, borders, 1, constants, torch.float32, gamma)
+    theta, log_a, log_n, weight = (_flat(x, constants["C"]) for x in (step, log_retain, log_momentum, gamma))
     assert theta is not None
-    wanted = make_gates(theta, log_a, log_n, None, constants["LATE"])
+    wanted = make_gates(theta, log_a, log_n, own, constants["LATE"])
+
+    square = torch.ones((constants["C"],) * 2, device=theta.device).tril().triu(1 - constants["WINDOW"])
+
+    def spread(x: Tensor) -> Tensor:
+        """[2H, ·, C] times γ's band."""
+        return x if weight is None else x @ square * weight.unsqueeze(1)
+
     write, vectors, ends = (x[:2].flatten(0, 1) for x in made)
-    found = [(write, wanted.read_write), (vectors[:, 0], wanted.read_retain), (vectors[:, 2], wanted.write[:, -1])]
-    found.append((ends[:, 0], wanted.retain[:, -1]))
+    found = [(write, spread(wanted.read_write)), (vectors[:, 0], wanted.read_retain)]
+    found += [(vectors[:, 2:3], spread(wanted.write[:, -1:])), (ends[:, 0], wanted.retain[:, -1])]
     if wanted.carry is not None and wanted.momentum_write is not None and wanted.inertia is not None:
         assert wanted.read_carry is not None
-        found += [(vectors[:, 1], wanted.read_carry), (vectors[:, 3], wanted.momentum_write[:, -1])]
+        found += [(vectors[:, 1], wanted.read_carry), (vectors[:, 3:], spread(wanted.momentum_write[:, -1:]))]
         found += [(ends[:, 1], wanted.carry[:, -1]), (ends[:, 2], wanted.inertia[:, -1])]
     return found
 
 
 def _backward_pairs(constants: Mapping[str, Any]) -> Pairs:
-    (step, log_retain, log_momentum), position, borders = _problem(constants)
+    (step, log_retain, log_momentum), position, borders, own = _problem(constants)
     theta, log_a, log_n = (_flat(x, constants["C"]) for x in (step, log_retain, log_momentum))
     assert step is not None and theta is not None
     c, heads, momentum = constants["C"], constants["H"], constants["MOMENTUM"]
@@ -285,10 +328,12 @@ def _backward_pairs(constants: Mapping[str, Any]) -> Pairs:
         write.clone(), vectors[:, 0], vectors[:, 1] if momentum else None, vectors[:, 2], ends[:, 0],
         ends[:, 1] if momentum else None, vectors[:, 3] if momentum else None, ends[:, 2] if momentum else None,
     )  # fmt: skip
-    wanted = gates_backward(make_gates(theta, log_a, log_n, None, constants["LATE"]), gradients, theta, log_a, log_n)
-    return [(_flat(a, c), b) for a, b in zip(found, wanted, strict=True) if a is not None and b is not None]  # type: ignore[misc]
+    wanted = gates_backward(make_gates(theta, log_a, log_n, own, constants["LATE"]), gradients, theta, log_a, log_n)
+    seen = slice(constants["HALO"], None)  # nothing looks at the gates of halos
+    pairs = zip(found, wanted, strict=True)
+    return [(_flat(a, c)[:, seen], b[:, seen]) for a, b in pairs if a is not None and b is not None]  # type: ignore[index]
 
 
 GATES = Kernel(neural_memory_gates, _configs, _forward_pairs)
 GATES_BACKWARD = Kernel(neural_memory_gates_backward, _configs, _backward_pairs)
-NAMES = ("H", "C", "RETENTION", "MOMENTUM", "LATE", "STATE", "PACKED", "GATE_PRECISION")
+NAMES = ("H", "C", "HALO", "RETENTION", "MOMENTUM", "LATE", "STATE", "PACKED", "GATE_PRECISION")

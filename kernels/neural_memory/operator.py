@@ -22,6 +22,7 @@ from .cost import kept_slots, matmul_flops, segment_chunks
 from .duals import derives
 from .gates import gates_backward, make_gates
 from .schedule import Step
+from .slots import inner_of, slots_of
 from .spec import MemorySpec
 from .state import state_names
 
@@ -42,9 +43,13 @@ def _checkpoint_slots(
     triton: bool,
 ) -> int:
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    every = segment_chunks(spec, [(w.shape[-2], w.shape[-1]) for w in weights])
+    tokens, widths = q.shape[0] * q.shape[1], [(w.shape[-2], w.shape[-1]) for w in weights]
+    if triton and spec.window > 1:
+        tokens = slots_of(q.shape[0], q.shape[1], rows, position is not None, cu_seqlens is not None, spec, q.shape[3])
+        spec = inner_of(spec, q.shape[3])
+    every = segment_chunks(spec, widths)
     if triton:
-        return kept_slots(q.shape[0] * q.shape[1], rows, spec.chunk_size, every)
+        return kept_slots(tokens, rows, spec.chunk_size, every)
     ragged = position is not None or cu_seqlens is not None
     return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.step_size, every, ragged)
 
@@ -125,11 +130,15 @@ def neural_memory_op(
     if triton:
         from .decode import run_decode
         from .forward import run_forward
+        from .windows import run_forward_window
 
+        rest = weights, norm, state, position, cu_seqlens, what, keep
+        if what.window > 1:
+            return run_forward_window((q, k, v, step, log_retain, log_momentum, gamma, delta), *rest)
         tokens = q, k, v, step, log_retain, log_momentum, delta
         if q.shape[1] == 1 and position is not None and cu_seqlens is None and not keep:
             return run_decode(tokens, weights, norm, state, position, what)
-        return run_forward(tokens, weights, norm, state, position, cu_seqlens, what, keep)
+        return run_forward(tokens, *rest)
     slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
     if not what.derived_by_hand:
         given = q, k, v, step, log_retain, log_momentum, gamma, delta
@@ -218,10 +227,13 @@ def neural_memory_backward_op(
     inputs = (q, k, v, step, log_retain, log_momentum)
     if triton:
         from .backward import run_backward
+        from .windows import run_backward_window
 
-        tokens = *inputs, delta
-        found = run_backward(grad_o, grad_state, tokens, weights, norm, state, position, cu_seqlens, kept, what)
-        found.insert(len(inputs), None)  # gamma's
+        rest = weights, norm, state, position, cu_seqlens, kept, what
+        if what.window > 1:
+            found = run_backward_window(grad_o, grad_state, (*inputs, gamma, delta), *rest)
+        else:
+            found = run_backward(grad_o, grad_state, (*inputs, delta), *rest)
         return [absent(weights[0]) if x is None else x for x in found]
     if not what.derived_by_hand:
         generic = replay.GenericCall((*inputs, gamma, delta), weights, norm, state, position, cu_seqlens, what)

@@ -34,6 +34,7 @@ def call(
         weights=weights,
         spec=spec,
         norm=new(heads, width) if spec.norm else None,
+        gamma=new(*shape) if spec.window > 1 else None,
         delta=new(*shape) if spec.bias == "huber" else None,
         state=neural_memory_state(weights, batch, spec) if packed or decode else None,
         cu_seqlens=torch.arange(0, batch * length + 1, length, dtype=torch.int32) if packed else None,
@@ -138,6 +139,14 @@ VARIANTS: dict[str, Callable[[], None]] = {
         width=32, packed=True, network="gated_mlp", expansion=2, bias="lp", retention="lq", chunk_size=32
     ),
     "gated_f256_decode_bf16": partial(call, MemorySpec(network="gated_mlp"), length=1, decode=True),
+    # Windows: that of ATLAS; a linear memory with one; one so wide that steps have 16 tokens of their own, in chunks.
+    "mlp_f256_c64_window16_bf16": plan(window=16),
+    "linear_c16_dot_gd_window16_packed_bf16": plan(
+        packed=True, network="linear", residual=True, bias="dot", rule="gd", chunk_size=16, window=16
+    ),
+    "linear_d128_c64_huber_late_window17_bf16": plan(
+        width=128, network="linear", norm=True, bias="huber", read_after_write=False, window=17
+    ),
     "mlp_f256_huber_norm_retention_decode_bf16": partial(
         call, MemorySpec(bias="huber", retention="norm"), length=1, decode=True
     ),

@@ -87,6 +87,10 @@ BEYOND: list[Row] = [
     ({"network": "gated_mlp"}, True, True),
     ({"network": "gated_mlp", "norm": False, "bias": "dot", "retention": "norm", "chunk_size": 128}, False, True),
     ({"network": "gated_mlp", "bias": "lp", "retention": "lq", "rule": "gd", "expansion": 2}, False, False),
+    ({"window": 5}, True, True),
+    ({"network": "linear", "window": 20, "bias": "huber", "norm": True, "read_after_write": False}, False, True),
+    ({"network": "linear", "window": 40, "rule": "gd", "retention": "norm", "chunk_size": 64}, True, False),
+    ({"network": "gated_mlp", "window": 2, "retention": "none", "chunk_size": 32}, False, False),
 ]
 
 
@@ -115,7 +119,7 @@ def case_of(spec: MemorySpec, heads: int = 1, width: int = 16, close: float = CL
         operation="neural_memory",
         call=neural_memory,
         make=partial(make, spec=spec, heads=heads, width=width),
-        tokens=("q", "k", "v", "step", "log_retain", "log_momentum", "delta"),
+        tokens=("q", "k", "v", "step", "log_retain", "log_momentum", "gamma", "delta"),
         state=True,
         packed=True,
         block=spec.chunk_size,
@@ -207,7 +211,7 @@ def check_decoding(spec: MemorySpec, heads: int) -> None:
         for t in range(spec.chunk_size - 2, length):
             with planning() as plan:
                 case.run(cut(case, arguments, slice(t, t + 1)), "triton", state=state)
-            assert [launch.kernel.name for launch in plan] == ["neural_memory_decode"]
+            assert spec.window > 1 or [launch.kernel.name for launch in plan] == ["neural_memory_decode"]
             o, state = case.run(cut(case, arguments, slice(t, t + 1)), "triton", state=state)
             wanted, wanted_state = case.run(cut(case, wide, slice(t, t + 1)), "reference", state=wanted_state)
             assert_close([o, *state.values()], [wanted, *wanted_state.values()], CLOSE, f"token {t}")
@@ -261,7 +265,7 @@ def test_a_canary_is_of_the_memory_that_it_guards(spec: MemorySpec) -> None:
         ({"chunk_size": 48}, "chunk_size was 48; it must be 16, 32 or a multiple of 64"),
         ({"dtype": torch.float64}, r"q\.dtype was float64; it must be float32, bfloat16 or float16"),
         ({"rule": "muon"}, "rule was muon; it must be gd or momentum"),
-        ({"window": 2}, "window was 2; it must be 1"),
+        ({"window": 58}, "window was 58; it must be at most 57 with heads of 16"),
     ],
 )
 def test_what_the_kernels_do_not_cover_is_named(changes: dict[str, Any], named: str) -> None:
