@@ -13,7 +13,7 @@ from .state import state_names
 #: What follows the name of the bias lp in the constant ``BIAS``: p, ν and ε.
 LP = ("lp_power", "lp_sharpness", "lp_smoothing")
 #: The gates that a memory may have beside its step.
-GATES = ("log_retain", "log_momentum", "delta")
+GATES = ("log_retain", "log_momentum", "gamma", "delta")
 
 
 def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
@@ -31,6 +31,7 @@ def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
         rule="momentum" if constants["MOMENTUM"] else "gd",
         chunk_size=constants["CHUNK"],
         read_after_write=not constants.get("LATE", False),
+        window=constants.get("WINDOW", 1),
     )
 
 
@@ -65,6 +66,7 @@ def problem(constants: Mapping[str, Any]) -> dict[str, Any]:
         "step": uniform(0.1, 1.0, *shape) * largest / spec.chunk_size,
         "log_retain": uniform(-0.1, -0.001, *shape) * decay if spec.retention_gate else None,
         "log_momentum": uniform(-2.0, -0.2, *shape) if spec.momentum_gate else None,
+        "gamma": uniform(0.2, 1.0, *shape) if spec.window > 1 else None,
         "delta": uniform(0.25, 1.5, *shape) * width**0.5 if spec.bias == "huber" else None,
         "weights": [torch.randn(s, generator=generator).to(device) * s[1] ** (0.0 if logs else -0.5) for s in shapes],
         "norm": uniform(0.5, 1.5, heads, width) if spec.norm else None,

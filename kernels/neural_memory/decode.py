@@ -2,7 +2,8 @@
 
 With one token there is nothing for matrix instructions: every weight is read once, multiplied by a vector, changed by
 a rank-one term and written once. One program per memory takes the state through in blocks of hidden units, twice: the
-error at the anchor, then the write of the weights and the read from them.
+error at the anchor, then the write of the weights and the read from them. With a window the first is done for each of
+its keys, and the second sums over them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from .hidden import hidden_backward, hidden_of
 from .logs import exponentials, log_means, settle_logs
 from .retentions import factor_of, scaled, settle
 from .spec import MemorySpec
+from .state import matrix_names
 from .tiles import EPS, copy
 
 
@@ -117,62 +119,31 @@ def rows_at(anchor, shift, SETTLE: tl.constexpr):
 
 
 @triton.jit
-def key_block(first, third, k, at, factors, D: tl.constexpr, LAYERS: tl.constexpr, SETTLE: tl.constexpr):
-    """The key's pre-activations by a block of W1 and of W3 at the anchor, and the blocks."""
-    weight = columns_at(first[2] + at, D, SETTLE)
+def key_block(weight, weight_above, k, factors, LAYERS: tl.constexpr):
+    """The key's pre-activations by a block of W1 and of W3 at the anchor."""
     before = scaled(tl.sum(weight * k[:, None], 0), factors[0])
-    weight_above = weight
     above = before
     if LAYERS == 3:
-        weight_above = columns_at(third[2] + at, D, SETTLE)
         above = scaled(tl.sum(weight_above * k[:, None], 0), factors[2])
-    return before, above, weight, weight_above
+    return before, above
 
 
-@triton.jit(do_not_specialize=["zero"])
-def neural_memory_decode(
-    q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, threshold_ptr, norm_ptr, position_ptr, w1_ptr, s1_ptr,
-    u1_ptr, w2_ptr, s2_ptr, u2_ptr, w3_ptr, s3_ptr, u3_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2, new_s2, new_u2,
-    new_w3, new_s3, new_u3, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
-    LAYERS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr,
-    RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, DT: tl.constexpr, BF: tl.constexpr,
-):  # fmt: skip
-    """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of W1, W2 and W3, a linear memory's as its second."""
-    row = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(0) % H
-    SIZE: tl.constexpr = D * F
-    own = row * SIZE
-    first = (w1_ptr + own, s1_ptr + own, u1_ptr + own, new_w1 + own, new_s1 + own, new_u1 + own)
-    last = (w2_ptr + own, s2_ptr + own, u2_ptr + own, new_w2 + own, new_s2 + own, new_u2 + own)
-    third = (w3_ptr + own, s3_ptr + own, u3_ptr + own, new_w3 + own, new_s3 + own, new_u3 + own)
+@triton.jit
+def key_delta(k_ptr, threshold_ptr, row, k, error, first, last, third, factors, shift, scale, zero, D: tl.constexpr,
+              F: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+              BIAS: tl.constexpr, SETTLE: tl.constexpr):  # fmt: skip
+    """Δ of the last layer at the anchor for a key k, in a ``row`` of [..., H, D]; ``error``: −v."""
     d = tl.arange(0, D)
-    q = tl.load(q_ptr + row * D + d).to(tl.float32)
-    k = tl.load(k_ptr + row * D + d).to(tl.float32)
-    error = -tl.load(v_ptr + row * D + d).to(tl.float32)
-    theta = tl.load(theta_ptr + row)
-    retain = 1.0
-    if RETENTION:
-        retain = tl.exp(tl.load(retain_ptr + row))
-    momentum = 0.0
-    if MOMENTUM:
-        momentum = tl.exp(tl.load(momentum_ptr + row))
-    ended = (tl.load(position_ptr + row // H) + 1) % CHUNK == 0
-    scale = tl.zeros([D], tl.float32)
-    if NORM:
-        scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
-    factors = (None, None, None)
-    if SETTLE[0] == "lq":
-        factors = token_factors(first, last, third, zero, SIZE, LAYERS, SETTLE[1])
-    shift = tl.zeros([D], tl.float32)
-    if SETTLE[0] == "kl":
-        shift = log_means(last[2], 0, zero, F, D, BF, D)
     out = tl.zeros([D], tl.float32)
     for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
+        at_first = d[:, None] * F + f[None, :]
         if LAYERS > 1:
-            before, above, _, _ = key_block(
-                first, third, k, d[:, None] * F + f[None, :], factors, D, LAYERS, SETTLE
-            )  # fmt: skip
+            weight = columns_at(first[2] + at_first, D, SETTLE)
+            weight_above = weight
+            if LAYERS == 3:
+                weight_above = columns_at(third[2] + at_first, D, SETTLE)
+            before, above = key_block(weight, weight_above, k, factors, LAYERS)
             hidden = hidden_of(before, above, LAYERS)
         else:
             hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
@@ -193,39 +164,138 @@ def neural_memory_decode(
     if NORM:
         delta = delta * scale
         delta = rstd * (delta - tl.sum(delta, 0) / D - unit * (tl.sum(delta * unit, 0) / D))
+    return delta
+
+
+@triton.jit
+def key_gradients(k_ptr, row, k, delta, weights, f, factors, D: tl.constexpr, LAYERS: tl.constexpr):
+    """A block of hidden units of the gradients of W1, W2 and W3, from one key and its Δ of the last layer; what there
+    is not, another's. ``weights``: their blocks at the anchor."""
+    if LAYERS > 1:
+        before, above = key_block(weights[0], weights[2], k, factors, LAYERS)
+        hidden = hidden_of(before, above, LAYERS)
+        back = scaled(tl.sum(weights[1] * delta[None, :], 1), factors[1])
+        delta1, delta3 = hidden_backward(back, before, above, LAYERS)
+        return k[:, None] * delta1[None, :], hidden[:, None] * delta[None, :], k[:, None] * delta3[None, :]
+    else:
+        hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
+        gradient = hidden[:, None] * delta[None, :]
+        return gradient, gradient, gradient
+
+
+@triton.jit
+def window_gradients(k_ptr, deltas, rows, weights, f, factors, zero, H: tl.constexpr, D: tl.constexpr,
+                     BF: tl.constexpr, LAYERS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """The same summed over a window: the keys in rows ``rows``, ``rows`` + H, …; ``deltas``: their γ Δ."""
+    d = tl.arange(0, D)
+    by_first, by_third = tl.zeros([D, BF], tl.float32), tl.zeros([D, BF], tl.float32)
+    by_last = tl.zeros([BF, D], tl.float32)
+    for i in range(0, WINDOW + zero):
+        k = tl.load(k_ptr + (rows + i * H) * D + d).to(tl.float32)
+        delta = tl.load(deltas + i * D + d)
+        more = key_gradients(k_ptr, rows + i * H, k, delta, weights, f, factors, D, LAYERS)
+        by_last += more[1]
+        if LAYERS > 1:
+            by_first += more[0]
+        if LAYERS == 3:
+            by_third += more[2]
+    return by_first, by_last, by_third
+
+
+@triton.jit(do_not_specialize=["zero"])
+def neural_memory_decode(
+    q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, gamma_ptr, threshold_ptr, norm_ptr, position_ptr, w1_ptr,
+    s1_ptr, u1_ptr, w2_ptr, s2_ptr, u2_ptr, w3_ptr, s3_ptr, u3_ptr, deltas_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2,
+    new_s2, new_u2, new_w3, new_s3, new_u3, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    CHUNK: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+    SETTLE: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, WINDOW: tl.constexpr,
+    DT: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of W1, W2 and W3, a linear memory's as its second.
+    ``k``, ``v``, ``gamma``, ``threshold`` [N, WINDOW, H, ·]: the window, the token itself last; ``deltas``
+    [N, H, WINDOW, D] for what waits between two passes."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(0) % H
+    SIZE: tl.constexpr = D * F
+    own = row * SIZE
+    first = (w1_ptr + own, s1_ptr + own, u1_ptr + own, new_w1 + own, new_s1 + own, new_u1 + own)
+    last = (w2_ptr + own, s2_ptr + own, u2_ptr + own, new_w2 + own, new_s2 + own, new_u2 + own)
+    third = (w3_ptr + own, s3_ptr + own, u3_ptr + own, new_w3 + own, new_s3 + own, new_u3 + own)
+    d = tl.arange(0, D)
+    q = tl.load(q_ptr + row * D + d).to(tl.float32)
+    if WINDOW == 1:
+        k = tl.load(k_ptr + row * D + d).to(tl.float32)
+        error = -tl.load(v_ptr + row * D + d).to(tl.float32)
+    theta = tl.load(theta_ptr + row)
+    retain = 1.0
+    if RETENTION:
+        retain = tl.exp(tl.load(retain_ptr + row))
+    momentum = 0.0
+    if MOMENTUM:
+        momentum = tl.exp(tl.load(momentum_ptr + row))
+    ended = (tl.load(position_ptr + row // H) + 1) % CHUNK == 0
+    scale = tl.zeros([D], tl.float32)
+    if NORM:
+        scale = tl.load(norm_ptr + h * D + d).to(tl.float32)
+    factors = (None, None, None)
+    if SETTLE[0] == "lq":
+        factors = token_factors(first, last, third, zero, SIZE, LAYERS, SETTLE[1])
+    shift = tl.zeros([D], tl.float32)
+    if SETTLE[0] == "kl":
+        shift = log_means(last[2], 0, zero, F, D, BF, D)
+    rows = row // H * (WINDOW * H) + h
+    deltas = deltas_ptr + row * (WINDOW * D)
+    if WINDOW == 1:
+        delta = key_delta(
+            k_ptr, threshold_ptr, row, k, error, first, last, third, factors, shift, scale, zero, D, F, BF, LAYERS,
+            NORM, RESIDUAL, BIAS, SETTLE,
+        )  # fmt: skip
+    else:
+        for i in range(0, WINDOW + zero):
+            at = rows + i * H
+            delta = key_delta(
+                k_ptr, threshold_ptr, at, tl.load(k_ptr + at * D + d).to(tl.float32),
+                -tl.load(v_ptr + at * D + d).to(tl.float32), first, last, third, factors, shift, scale, zero, D, F, BF,
+                LAYERS, NORM, RESIDUAL, BIAS, SETTLE,
+            )  # fmt: skip
+            tl.store(deltas + i * D + d, delta * tl.load(gamma_ptr + at))
+        tl.debug_barrier()
     read = tl.zeros([D], tl.float32)
     for start in range(0, F + zero, BF):
         f = start + tl.arange(0, BF)
+        at_first = d[:, None] * F + f[None, :]
         at_last = f[:, None] * D + d[None, :]
-        weight_last = delta
+        weight_last = scale
         if LAYERS > 1 or SETTLE[0] == "kl":
             weight_last = rows_at(last[2] + at_last, shift, SETTLE)
+        weight = weight_last
         if LAYERS > 1:
-            at_first = d[:, None] * F + f[None, :]
-            before, above, weight, weight_above = key_block(first, third, k, at_first, factors, D, LAYERS, SETTLE)
-            hidden = hidden_of(before, above, LAYERS)
-            back = scaled(tl.sum(weight_last * delta[None, :], 1), factors[1])
-            delta1, delta3 = hidden_backward(back, before, above, LAYERS)
-            gradient = k[:, None] * delta1[None, :]
+            weight = columns_at(first[2] + at_first, D, SETTLE)
+        weight_above = weight
+        if LAYERS == 3:
+            weight_above = columns_at(third[2] + at_first, D, SETTLE)
+        weights = weight, weight_last, weight_above
+        if WINDOW == 1:
+            gradients = key_gradients(k_ptr, row, k, delta, weights, f, factors, D, LAYERS)
+        else:
+            gradients = window_gradients(k_ptr, deltas, rows, weights, f, factors, zero, H, D, BF, LAYERS, WINDOW)
+        if LAYERS > 1:
             old, new = written(
-                first, at_first, gradient, factors[0], weight, theta, retain, momentum, ended, MOMENTUM, SETTLE
+                first, at_first, gradients[0], factors[0], weight, theta, retain, momentum, ended, MOMENTUM, SETTLE
             )  # fmt: skip
             asked = tl.sum((old if LATE else new) * q[:, None], 0)
             asked_above = asked
             if LAYERS == 3:
-                gradient = k[:, None] * delta3[None, :]
                 old, new = written(
-                    third, at_first, gradient, factors[2], weight_above, theta, retain, momentum, ended, MOMENTUM,
+                    third, at_first, gradients[2], factors[2], weight_above, theta, retain, momentum, ended, MOMENTUM,
                     SETTLE,
                 )  # fmt: skip
                 asked_above = tl.sum((old if LATE else new) * q[:, None], 0)
             asked = hidden_of(asked, asked_above, LAYERS)
         else:
-            hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
             asked = tl.load(q_ptr + row * D + f).to(tl.float32)
-        gradient = hidden[:, None] * delta[None, :]
         old, new = written(
-            last, at_last, gradient, factors[1], weight_last, theta, retain, momentum, ended, MOMENTUM, SETTLE
+            last, at_last, gradients[1], factors[1], weight_last, theta, retain, momentum, ended, MOMENTUM, SETTLE
         )  # fmt: skip
         read += tl.sum((old if LATE else new) * asked[:, None], 0)
     if NORM:
@@ -259,13 +329,21 @@ def run_decode(
     state: Sequence[Tensor],
     position: Tensor,
     spec: MemorySpec,
+    gamma: Tensor | None = None,
 ) -> list[Tensor]:
     """What the operator returns: o [N, 1, H, D], the state's tensors after one token of each row,
-    and the position."""
+    and the position. ``gamma``: γ, with a window."""
     q, k, v, step, log_retain, log_momentum, delta = (None if x is None else x.contiguous() for x in tokens)
     assert q is not None and k is not None and v is not None and step is not None
     constants = constants_of(q, weights, True, False, False, spec)
-    o, new = torch.empty_like(v), [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in state]
+    matrices = [x.contiguous() for x in state[: len(matrix_names(spec))]]
+    o, new = torch.empty_like(v), [torch.empty_like(x) for x in matrices]
+    halo: list[Tensor] = []
+    if gamma is not None:
+        given = (x for x in (k, v, gamma, delta) if x is not None)
+        k, v, gamma, *rest = (torch.cat(pair, 1) for pair in zip(state[len(matrices) :], given, strict=True))
+        delta = rest[0] if rest else None
+        halo = [x[:, 1:].clone() for x in (k, v, gamma, *rest)]
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -273,17 +351,19 @@ def run_decode(
         "theta_ptr": step,
         "retain_ptr": step if log_retain is None else log_retain,
         "momentum_ptr": step if log_momentum is None else log_momentum,
+        "gamma_ptr": step if gamma is None else gamma,
         "threshold_ptr": step if delta is None else delta,
         "norm_ptr": q if norm is None else norm.contiguous(),
         "position_ptr": position,
+        "deltas_ptr": step if gamma is None else torch.empty_like(v),
         "o_ptr": o,
         "zero": 0,
     }
-    arguments |= {f"{name}_ptr": x for name, x in _named([x.contiguous() for x in state], spec).items()}
+    arguments |= {f"{name}_ptr": x for name, x in _named(matrices, spec).items()}
     arguments |= {f"new_{name}": x for name, x in _named(new, spec).items()}
     own = {name: value for name, value in constants.items() if name in DECODE.function.arg_names}
     DECODE(lambda c: (q.shape[0] * c["H"],), arguments, own)
-    return [o, *new, torch.remainder(position + 1, spec.chunk_size).to(torch.int32)]
+    return [o, *new, *halo, torch.remainder(position + 1, spec.chunk_size).to(torch.int32)]
 
 
 def _named(state: Sequence[Tensor], spec: MemorySpec) -> dict[str, Tensor]:

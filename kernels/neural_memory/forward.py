@@ -55,7 +55,7 @@ def constants_of(
         "CHUNK": spec.chunk_size,
         "C": step_length(spec, q.shape[3]),
         "EVERY": segment_chunks(spec, [(w.shape[1], w.shape[2]) for w in weights]),
-        "WINDOW": 1 if band is None else band.window,
+        "WINDOW": spec.window if band is None else band.window,
         "HALO": 0 if band is None else band.halo,
         "LAYERS": spec.layers,
         "NORM": spec.norm,
@@ -207,6 +207,8 @@ def run_forward(
     final = step.new_empty((rows, heads, parts * size))
     slots = kept_slots(q.shape[0] * q.shape[1], rows, spec.chunk_size, constants["EVERY"])
     kept = step.new_empty((slots, heads, (parts - 1) * size))
+    if band is not None:  # what no sequence reaches, for results must repeat
+        kept[band.least // (spec.chunk_size * constants["EVERY"]) + rows :].zero_()
     gates = step, log_retain, log_momentum, position, cu_seqlens, rows, constants
     write, vectors, ends = run_gates(*gates, q.dtype, None if band is None else band.gamma)
     arguments = {

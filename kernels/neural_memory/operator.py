@@ -132,13 +132,13 @@ def neural_memory_op(
         from .forward import run_forward
         from .windows import run_forward_window
 
+        tokens = q, k, v, step, log_retain, log_momentum
         rest = weights, norm, state, position, cu_seqlens, what, keep
-        if what.window > 1:
-            return run_forward_window((q, k, v, step, log_retain, log_momentum, gamma, delta), *rest)
-        tokens = q, k, v, step, log_retain, log_momentum, delta
         if q.shape[1] == 1 and position is not None and cu_seqlens is None and not keep:
-            return run_decode(tokens, weights, norm, state, position, what)
-        return run_forward(tokens, *rest)
+            return run_decode((*tokens, delta), weights, norm, state, position, what, gamma)
+        if what.window > 1:
+            return run_forward_window((*tokens, gamma, delta), *rest)
+        return run_forward((*tokens, delta), *rest)
     slots = _checkpoint_slots(q, weights, position, cu_seqlens, what, triton) if keep else 0
     if not what.derived_by_hand:
         given = q, k, v, step, log_retain, log_momentum, gamma, delta

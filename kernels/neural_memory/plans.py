@@ -147,6 +147,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "linear_d128_c64_huber_late_window17_bf16": plan(
         width=128, network="linear", norm=True, bias="huber", read_after_write=False, window=17
     ),
+    "mlp_f256_window16_decode_bf16": partial(call, MemorySpec(window=16), length=1, decode=True),
     "mlp_f256_huber_norm_retention_decode_bf16": partial(
         call, MemorySpec(bias="huber", retention="norm"), length=1, decode=True
     ),

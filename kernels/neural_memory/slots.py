@@ -69,13 +69,15 @@ def slots_of(batch: int, length: int, rows: int, state: bool, packed: bool, spec
 @dataclass(frozen=True)
 class Band:
     """What the kernels' launch code needs of a window: γ of every slot [1, T′, H], c, slots of a step that are its
-    halo; the longest sequence that there can be, in tokens, and the tokens of a chunk."""
+    halo; the longest sequence that there can be, in tokens; the tokens of a chunk; and the fewest slots that a call of
+    as many tokens can fill."""
 
     gamma: Tensor
     window: int
     halo: int
     length: int
     chunk: int
+    least: int
 
 
 class Layout:
@@ -200,7 +202,9 @@ class Layout:
             part = x[0].index_select(0, place).float()
             found += torch.where(_beside(there, part), part, 0.0)
         of_tokens = found[: self.tokens].to(x.dtype).unflatten(0, self.shape)
-        return of_tokens, found[self.tokens :].unflatten(0, (self.rows, older)) if self.held else None
+        if not self.held:
+            return of_tokens, None
+        return of_tokens, found[self.tokens :].unflatten(0, (self.rows, older)).clone()
 
 
 def _beside(mask: Tensor, x: Tensor) -> Tensor:

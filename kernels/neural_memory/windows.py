@@ -37,7 +37,8 @@ class _Call:
         self.tokens = own[0], *laid[:2], *own[1:], None if delta is None else laid[3]
         self.state = state[:matrices]
         self.where = layout.position, layout.cu_seqlens
-        self.band = Band(laid[2], spec.window, layout.before, k.shape[1], spec.chunk_size)
+        least = layout.tokens + layout.before * -(-layout.tokens // layout.new)
+        self.band = Band(laid[2], spec.window, layout.before, k.shape[1], spec.chunk_size, least)
 
 
 def run_forward_window(

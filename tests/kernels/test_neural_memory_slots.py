@@ -7,9 +7,12 @@ import torch
 from cases_neural_memory import make
 from harness import Draw, error
 from host_reads import no_reads
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_checks import CLOSE, launches
 
-from palimpsest.kernels import MemorySpec, neural_memory
+from palimpsest.kernels import MemorySpec, neural_memory, neural_memory_state
+from palimpsest.kernels.launch import planning
+from palimpsest.kernels.neural_memory.operator import neural_memory_op
 from palimpsest.kernels.neural_memory.slots import Layout, inner_of, slots_of, tile_of
 
 #: Window, chunk and width of heads; slots of a step, and how many of them are its own.
@@ -97,3 +100,35 @@ def test_the_gates_of_a_window_are_right(choices: dict[str, Any]) -> None:
                 distance = error(found, wanted)
                 assert wanted.square().mean() > 0 and distance <= CLOSE, (launch.kernel.name, i, distance)
     assert sorted(seen) == ["neural_memory_gates", "neural_memory_gates_backward", "neural_memory_window_backward"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("warm", [True, False])
+def test_what_a_call_returns_has_the_shapes_it_says(packed: bool, warm: bool) -> None:
+    """Also what is kept for the backward, of slots and not of tokens."""
+    spec = MemorySpec("linear", chunk_size=16, window=3)
+    given = make(Draw(0, torch.float32), 1 if packed else 3, 100, spec=spec, heads=1, width=16)
+    borders = torch.tensor([0, 40, 41, 100], dtype=torch.int32) if packed else None
+    state = list(neural_memory_state(given["weights"], 3, spec).values()) if warm else [None]
+    tokens = [given[name] for name in ("q", "k", "v", "step", "log_retain", "log_momentum", "gamma", "delta")]
+    arguments = *tokens, given["weights"], None, state[:-1], state[-1], borders, spec.encode(), True, True
+    with planning():
+        found = neural_memory_op(*arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        said = neural_memory_op(*arguments)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in said]
+
+
+def test_kept_states_that_no_sequence_reaches_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator's results must repeat."""
+    spec = MemorySpec("linear", chunk_size=16, window=3, rule="gd")
+    given = make(Draw(0, torch.float32), 1, 3, spec=spec, heads=1, width=16)
+    tokens = [given[name] for name in ("q", "k", "v", "step", "log_retain", "log_momentum", "gamma", "delta")]
+    borders = torch.tensor([0, 0, 0, 3], dtype=torch.int32)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = neural_memory_op(*tokens, given["weights"], None, [], None, borders, spec.encode(), True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(found[-1]) > 3 and not torch.cat([x.flatten() for x in found]).isnan().any()

@@ -211,7 +211,7 @@ def check_decoding(spec: MemorySpec, heads: int) -> None:
         for t in range(spec.chunk_size - 2, length):
             with planning() as plan:
                 case.run(cut(case, arguments, slice(t, t + 1)), "triton", state=state)
-            assert spec.window > 1 or [launch.kernel.name for launch in plan] == ["neural_memory_decode"]
+            assert [launch.kernel.name for launch in plan] == ["neural_memory_decode"]
             o, state = case.run(cut(case, arguments, slice(t, t + 1)), "triton", state=state)
             wanted, wanted_state = case.run(cut(case, wide, slice(t, t + 1)), "reference", state=wanted_state)
             assert_close([o, *state.values()], [wanted, *wanted_state.values()], CLOSE, f"token {t}")
