@@ -168,37 +168,37 @@ def key_delta(k_ptr, threshold_ptr, row, k, error, first, last, third, factors, 
 
 
 @triton.jit
-def key_gradients(k_ptr, row, k, delta, weights, f, factors, D: tl.constexpr, LAYERS: tl.constexpr):
-    """A block of hidden units of the gradients of W1, W2 and W3, from one key and its Δ of the last layer; what there
-    is not, another's. ``weights``: their blocks at the anchor."""
+def key_vectors(k_ptr, row, k, delta, weights, f, factors, D: tl.constexpr, LAYERS: tl.constexpr):
+    """A block of hidden units of a key, from its Δ of the last layer: the hidden vector, Δ of W1 and of W3; what there
+    is not, another's. ``weights``: blocks of W1, W2 and W3 at the anchor."""
     if LAYERS > 1:
         before, above = key_block(weights[0], weights[2], k, factors, LAYERS)
         hidden = hidden_of(before, above, LAYERS)
         back = scaled(tl.sum(weights[1] * delta[None, :], 1), factors[1])
         delta1, delta3 = hidden_backward(back, before, above, LAYERS)
-        return k[:, None] * delta1[None, :], hidden[:, None] * delta[None, :], k[:, None] * delta3[None, :]
+        return hidden, delta1, delta3
     else:
         hidden = tl.load(k_ptr + row * D + f).to(tl.float32)
-        gradient = hidden[:, None] * delta[None, :]
-        return gradient, gradient, gradient
+        return hidden, hidden, hidden
 
 
 @triton.jit
 def window_gradients(k_ptr, deltas, rows, weights, f, factors, zero, H: tl.constexpr, D: tl.constexpr,
                      BF: tl.constexpr, LAYERS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """The same summed over a window: the keys in rows ``rows``, ``rows`` + H, …; ``deltas``: their γ Δ."""
+    """A block of the gradients of W1, W2 and W3, summed over a window: the keys in rows ``rows``, ``rows`` + H, …;
+    ``deltas``: their γ Δ."""
     d = tl.arange(0, D)
     by_first, by_third = tl.zeros([D, BF], tl.float32), tl.zeros([D, BF], tl.float32)
     by_last = tl.zeros([BF, D], tl.float32)
     for i in range(0, WINDOW + zero):
         k = tl.load(k_ptr + (rows + i * H) * D + d).to(tl.float32)
         delta = tl.load(deltas + i * D + d)
-        more = key_gradients(k_ptr, rows + i * H, k, delta, weights, f, factors, D, LAYERS)
-        by_last += more[1]
+        hidden, delta1, delta3 = key_vectors(k_ptr, rows + i * H, k, delta, weights, f, factors, D, LAYERS)
+        by_last += hidden[:, None] * delta[None, :]
         if LAYERS > 1:
-            by_first += more[0]
+            by_first += k[:, None] * delta1[None, :]
         if LAYERS == 3:
-            by_third += more[2]
+            by_third += k[:, None] * delta3[None, :]
     return by_first, by_last, by_third
 
 
@@ -276,26 +276,34 @@ def neural_memory_decode(
             weight_above = columns_at(third[2] + at_first, D, SETTLE)
         weights = weight, weight_last, weight_above
         if WINDOW == 1:
-            gradients = key_gradients(k_ptr, row, k, delta, weights, f, factors, D, LAYERS)
+            hidden, delta1, delta3 = key_vectors(k_ptr, row, k, delta, weights, f, factors, D, LAYERS)
         else:
-            gradients = window_gradients(k_ptr, deltas, rows, weights, f, factors, zero, H, D, BF, LAYERS, WINDOW)
+            by_first, by_last, by_third = window_gradients(
+                k_ptr, deltas, rows, weights, f, factors, zero, H, D, BF, LAYERS, WINDOW
+            )  # fmt: skip
         if LAYERS > 1:
+            if WINDOW == 1:
+                by_first = k[:, None] * delta1[None, :]
             old, new = written(
-                first, at_first, gradients[0], factors[0], weight, theta, retain, momentum, ended, MOMENTUM, SETTLE
+                first, at_first, by_first, factors[0], weight, theta, retain, momentum, ended, MOMENTUM, SETTLE
             )  # fmt: skip
             asked = tl.sum((old if LATE else new) * q[:, None], 0)
             asked_above = asked
             if LAYERS == 3:
+                if WINDOW == 1:
+                    by_third = k[:, None] * delta3[None, :]
                 old, new = written(
-                    third, at_first, gradients[2], factors[2], weight_above, theta, retain, momentum, ended, MOMENTUM,
+                    third, at_first, by_third, factors[2], weight_above, theta, retain, momentum, ended, MOMENTUM,
                     SETTLE,
                 )  # fmt: skip
                 asked_above = tl.sum((old if LATE else new) * q[:, None], 0)
             asked = hidden_of(asked, asked_above, LAYERS)
         else:
             asked = tl.load(q_ptr + row * D + f).to(tl.float32)
+        if WINDOW == 1:
+            by_last = hidden[:, None] * delta[None, :]
         old, new = written(
-            last, at_last, gradients[1], factors[1], weight_last, theta, retain, momentum, ended, MOMENTUM, SETTLE
+            last, at_last, by_last, factors[1], weight_last, theta, retain, momentum, ended, MOMENTUM, SETTLE
         )  # fmt: skip
         read += tl.sum((old if LATE else new) * asked[:, None], 0)
     if NORM:

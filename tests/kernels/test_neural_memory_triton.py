@@ -90,7 +90,11 @@ BEYOND: list[Row] = [
     ({"window": 5}, True, True),
     ({"network": "linear", "window": 20, "bias": "huber", "norm": True, "read_after_write": False}, False, True),
     ({"network": "linear", "window": 40, "rule": "gd", "retention": "norm", "chunk_size": 64}, True, False),
-    ({"network": "gated_mlp", "window": 2, "retention": "none", "chunk_size": 32}, False, False),
+    (
+        {"network": "gated_mlp", "window": 2, "retention": "kl", "bias": "huber", "norm": False, "chunk_size": 32},
+        False,
+        False,
+    ),
 ]
 
 
