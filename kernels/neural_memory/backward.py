@@ -30,6 +30,7 @@ from .forward import (
     walk_configs,
 )
 from .gate_kernels import run_all_gates_backward, run_gates
+from .orthogonal import turned_size
 from .slots import Band
 from .spec import MemorySpec
 from .tiles import workspace_sizes
@@ -121,6 +122,7 @@ def walk_segments(
     d_states = end.new_empty((2, *end.shape))
     arguments = arguments | {
         "states_ptr": end.new_empty((rows, heads, steps, end.shape[-1] - size)),
+        "turned_ptr": end.new_empty((rows, heads, turned_size(constants))),
         "small_ptr": q.new_empty((rows, heads, steps, small)),
         "wide_ptr": end.new_empty((rows, heads, steps, wide)),
         "zero_ptr": q.new_zeros(1, dtype=torch.int32),

@@ -8,25 +8,23 @@ import triton.language as tl
 
 from .backward_passes import error_down, first_update, keys_down, last_update, second_order
 from .logs import clear_shifts, log_through, settle_logs_backward, shifts_of
-from .retentions import FACTORS, factors_backward, scales_of, settle_backward, settled_numbers
+from .orthogonal import APART, turn_all_backward
+from .retentions import FACTORS, after_segment, factors_backward, scales_of, settle_backward
 from .tiles import anchor_of, copy, fold, found_anew, segment_steps, sequence, step_offsets, workspace
 
 
 @triton.jit
-def unsettle(j, segment, program, length, place, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero,
-             D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
-             LAYERS: tl.constexpr, COPIES: tl.constexpr, STATE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
-    """Back through the end of the chunk that step j completes."""
+def unsettle(j, segment, program, weights, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero, D: tl.constexpr,
+             F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
+             COPIES: tl.constexpr, STATE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Back through the end of the chunk that step j completes; ``weights``: where W after it begins."""
     SIZE: tl.constexpr = D * F
     PAIR: tl.constexpr = COPIES * SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
-    _, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     states = states_ptr + (program - segment) * STEPS * (LAYERS * PAIR)
     u1, u2, u3 = anchor_of(
         states, start_ptr + program * (LAYERS * (PAIR + SIZE)), j * C, CHUNK, C, SIZE, LAYERS, COPIES, STATE
     )
-    through = settled_ptr + program * settled_numbers(LAYERS, PAIR, EVERY, D, F)
-    weights = tl.where(j == after - 1, through, states + (j + 1) * (LAYERS * PAIR))
     scales = scales_of(settled_ptr, program, j * C // CHUNK - segment * EVERY, LAYERS, PAIR, EVERY, D, F)
     grads = d_before_ptr + program * (LAYERS * (PAIR + SIZE))
     last = grads + (LAYERS - 1) * (PAIR + SIZE)
@@ -58,13 +56,43 @@ def unsettle_logs(j, segment, program, length, place, states_ptr, settled_ptr, d
 
 
 @triton.jit
+def step_end(j, segment, T, zero, start_ptr, position_ptr, cu_ptr, states_ptr, settled_ptr, turned_ptr, d_before_ptr,
+             zero_ptr, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+             EVERY: tl.constexpr, LAYERS: tl.constexpr, COPIES: tl.constexpr, SETTLE: tl.constexpr, TURN: tl.constexpr,
+             STATE: tl.constexpr, PACKED: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Back through what followed the last token of step j: the end of a chunk, before it muon's of a step."""
+    SIZE: tl.constexpr = D * F
+    PAIR: tl.constexpr = COPIES * SIZE
+    STEPS: tl.constexpr = EVERY * CHUNK // C
+    program, _, _, _, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
+    _, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
+    through = after_segment(settled_ptr, turned_ptr, program, LAYERS, PAIR, EVERY, D, F, SETTLE, TURN)
+    states = states_ptr + (program - segment) * STEPS * (LAYERS * PAIR)
+    now = tl.where(j == after - 1, through, states + (j + 1) * (LAYERS * PAIR))
+    upto = (j + 1) * C
+    complete = upto <= place + length
+    if SETTLE[0] == "norm":
+        ended = (upto % CHUNK == 0) & complete
+        if ended:
+            unsettle(
+                j, segment, program, now, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero, D, F, CHUNK, C, EVERY,
+                LAYERS, COPIES, STATE, BF,
+            )  # fmt: skip
+            tl.debug_barrier()
+    if TURN[0] != "none":
+        grads = d_before_ptr + program * (LAYERS * (PAIR + SIZE))
+        if (upto % TURN[1] == 0) & complete:
+            turn_all_backward(now, grads, turned_ptr, program, zero, D, F, LAYERS, TURN)
+
+
+@triton.jit
 def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
-               position_ptr, cu_ptr, states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr,
-               d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H: tl.constexpr, D: tl.constexpr,
-               F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
-               NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr,
-               MOMENTUM: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr,
-               PRECISION: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+               position_ptr, cu_ptr, states_ptr, settled_ptr, turned_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr,
+               d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H: tl.constexpr,
+               D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
+               LAYERS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+               SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, TURN: tl.constexpr, STATE: tl.constexpr,
+               PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr):  # fmt: skip
     """One step: its passes, one after the other."""
     SIZE: tl.constexpr = D * F
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
@@ -72,16 +100,15 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     WHOLE: tl.constexpr = PAIR + SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
     HOLDS: tl.constexpr = C < CHUNK or SETTLE[0] == "norm"
+    RULE: tl.constexpr = APART if TURN[0] != "none" else MOMENTUM
     kept = None
     shifts = (None, None, None)
-    if SETTLE[0] == "norm":
-        program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
-        if ((j + 1) * C % CHUNK == 0) & ((j + 1) * C <= place + length):
-            unsettle(
-                j, segment, program, length, place, start_ptr, states_ptr, settled_ptr, d_before_ptr, zero, D, F, CHUNK,
-                C, EVERY, LAYERS, COPIES, STATE, BF,
-            )  # fmt: skip
-            tl.debug_barrier()
+    if SETTLE[0] == "norm" or TURN[0] != "none":
+        step_end(
+            j, segment, T, zero, start_ptr, position_ptr, cu_ptr, states_ptr, settled_ptr, turned_ptr, d_before_ptr,
+            zero_ptr, H, D, F, CHUNK, C, EVERY, LAYERS, COPIES, SETTLE, TURN, STATE, PACKED, BF,
+        )  # fmt: skip
+        tl.debug_barrier()
     if SETTLE[0] == "kl":
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         if ((j + 1) * C % CHUNK == 0) & ((j + 1) * C <= place + length):
@@ -99,7 +126,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
             q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR) + (LAYERS - 1) * PAIR,
             d_before_ptr + program * (LAYERS * WHOLE) + (LAYERS - 1) * WHOLE, vectors_ptr + slot * (4 * C),
             ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C, BF,
-            LAYERS, MOMENTUM, part == 0, part == 1, part == 2, DT, PRECISION,
+            LAYERS, RULE, part == 0, part == 1, part == 2, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
     if LAYERS > 1:
@@ -115,7 +142,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
                 q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR) + part // 3 * PAIR,
                 d_before_ptr + program * (LAYERS * WHOLE) + part // 3 * WHOLE, vectors_ptr + slot * (4 * C),
                 ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C,
-                BF, part // 3 == 1, MOMENTUM, part % 3 == 0, part % 3 == 1, part % 3 == 2, DT, PRECISION,
+                BF, part // 3 == 1, RULE, part % 3 == 0, part % 3 == 1, part % 3 == 2, DT, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
@@ -203,11 +230,12 @@ def begin_carry(segment, T, position_ptr, cu_ptr, end_ptr, d_before_ptr, d_after
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_carry(
     q_ptr, k_ptr, threshold_ptr, write_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, end_ptr,
-    states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr,
-    d_after_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    states_ptr, settled_ptr, turned_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr, d_ends_ptr, d_norm_ptr,
+    d_before_ptr, d_after_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
+    TURN: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    BF: tl.constexpr,
 ):  # fmt: skip
     """The steps of a segment, last to first. ``end``: gradients of the state after the call, with which a sequence's
     last segment begins; ``d_after``: those after any other; ``d_before``: those before the segment, and the running
@@ -226,7 +254,8 @@ def neural_memory_carry(
         if j >= first:
             carry_step(
                 j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr,
-                position_ptr, cu_ptr, states_ptr, settled_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr, d_vectors_ptr,
-                d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C, EVERY, LAYERS,
-                NORM, RESIDUAL, BIAS, SETTLE, MOMENTUM, STATE, PACKED, DT, PRECISION, BF,
+                position_ptr, cu_ptr, states_ptr, settled_ptr, turned_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr,
+                d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C,
+                EVERY, LAYERS, NORM, RESIDUAL, BIAS, SETTLE, MOMENTUM, TURN, STATE, PACKED, DT, PRECISION,
+                BF,
             )  # fmt: skip

@@ -15,6 +15,7 @@ import triton.language as tl
 from .biases import error_of, residual_backward
 from .hidden import hidden_backward, hidden_curve, hidden_of, hidden_slopes, silu, silu_slope
 from .logs import take_shift, through_logs, weights_at
+from .orthogonal import APART, moment_product
 from .retentions import BY_ABOVE_KEYS, BY_BACKS, BY_ERROR, BY_KEYS, scaled
 from .tiles import (
     above_parts,
@@ -47,8 +48,11 @@ def carried(weights, grads, at, end_retain, end_carry, end_inertia, from_weight,
     if MOMENTUM:
         moment = tl.load(weights + SIZE + at)
         g_moment = tl.load(grads + SIZE + at)
-        tl.store(grads + SIZE + at, g_weight * end_carry + g_moment * end_inertia + from_moment)
-        d_carry = tl.sum(moment * g_weight, AXIS)
+        if MOMENTUM == APART:
+            tl.store(grads + SIZE + at, g_moment * end_inertia)
+        else:
+            tl.store(grads + SIZE + at, g_weight * end_carry + g_moment * end_inertia + from_moment)
+            d_carry = tl.sum(moment * g_weight, AXIS)
         d_inertia = tl.sum(moment * g_moment, AXIS)
     return d_retain, d_carry, d_inertia
 
@@ -88,18 +92,23 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
             hidden = token_rows(k_ptr, tok, valid, f).to(tl.float32)
         g_weight = tl.load(grads + at).to(DT)
         g_moment = g_weight
-        if SUM:
+        if SUM and MOMENTUM != APART:
             d_delta -= product(hidden * end_write[:, None], tl.trans(g_weight), DT, PRECISION)
         if MOMENTUM:
-            g_moment = tl.load(grads + SIZE + at).to(DT)
+            g_moment = tl.load(grads + SIZE + at)
+            if MOMENTUM != APART:
+                g_moment = g_moment.to(DT)
             if SUM:
-                d_delta -= product(hidden * end_momentum[:, None], tl.trans(g_moment), DT, PRECISION)
+                d_delta -= moment_product(hidden * end_momentum[:, None], tl.trans(g_moment), MOMENTUM, DT, PRECISION)
         if BACK:
-            by_g = product(delta, g_weight, DT, PRECISION)
-            d_write -= tl.sum(hidden * by_g, 1)
-            d_hidden = tl.load(d_hiddens + at_hidden) - by_g * end_write[:, None]
+            if MOMENTUM == APART:
+                d_hidden = tl.load(d_hiddens + at_hidden).to(tl.float32)
+            else:
+                by_g = product(delta, g_weight, DT, PRECISION)
+                d_write -= tl.sum(hidden * by_g, 1)
+                d_hidden = tl.load(d_hiddens + at_hidden) - by_g * end_write[:, None]
             if MOMENTUM:
-                by_g = product(delta, g_moment, DT, PRECISION)
+                by_g = moment_product(delta, g_moment, MOMENTUM, DT, PRECISION)
                 d_momentum -= tl.sum(hidden * by_g, 1)
                 d_hidden -= by_g * end_momentum[:, None]
             tl.store(d_hiddens + at_hidden, d_hidden.to(DT))
@@ -110,7 +119,7 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
                 read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
             from_weight = product(d_read_t, read * retain[:, None], DT, PRECISION)
             from_moment = from_weight
-            if MOMENTUM:
+            if MOMENTUM and MOMENTUM != APART:
                 from_moment = product(d_read_t, read * carry[:, None], DT, PRECISION)
             more = carried(
                 weights, grads, at, end_retain, end_carry, end_inertia, from_weight, from_moment, 0, SIZE, MOMENTUM
@@ -161,18 +170,23 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
         delta1 = tl.load(delta1s + at_hidden).to(tl.float32)
         g_weight = tl.load(grads + at).to(DT)
         g_moment = g_weight
-        if SUM:
+        if SUM and MOMENTUM != APART:
             d_k -= product(delta1 * end_write[:, None], tl.trans(g_weight), DT, PRECISION)
         if MOMENTUM:
-            g_moment = tl.load(grads + SIZE + at).to(DT)
+            g_moment = tl.load(grads + SIZE + at)
+            if MOMENTUM != APART:
+                g_moment = g_moment.to(DT)
             if SUM:
-                d_k -= product(delta1 * end_momentum[:, None], tl.trans(g_moment), DT, PRECISION)
+                d_k -= moment_product(delta1 * end_momentum[:, None], tl.trans(g_moment), MOMENTUM, DT, PRECISION)
         if BACK:
-            by_g = product(k, g_weight, DT, PRECISION)
-            d_write -= tl.sum(delta1 * by_g, 1)
-            d_delta1 = tl.load(d_delta1s + at_hidden) - by_g * end_write[:, None]
+            if MOMENTUM == APART:
+                d_delta1 = tl.load(d_delta1s + at_hidden).to(tl.float32)
+            else:
+                by_g = product(k, g_weight, DT, PRECISION)
+                d_write -= tl.sum(delta1 * by_g, 1)
+                d_delta1 = tl.load(d_delta1s + at_hidden) - by_g * end_write[:, None]
             if MOMENTUM:
-                by_g = product(k, g_moment, DT, PRECISION)
+                by_g = moment_product(k, g_moment, MOMENTUM, DT, PRECISION)
                 d_momentum -= tl.sum(delta1 * by_g, 1)
                 d_delta1 -= by_g * end_momentum[:, None]
             tl.store(d_delta1s + at_hidden, d_delta1.to(DT))
@@ -180,7 +194,7 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
             d_pre = tl.load(d_pres + at_hidden).to(tl.float32)
             from_weight = product(qt, d_pre * retain[:, None], DT, PRECISION)
             from_moment = from_weight
-            if MOMENTUM:
+            if MOMENTUM and MOMENTUM != APART:
                 from_moment = product(qt, d_pre * carry[:, None], DT, PRECISION)
             more = carried(
                 weights, grads, at, end_retain, end_carry, end_inertia, from_weight, from_moment, 1, SIZE, MOMENTUM

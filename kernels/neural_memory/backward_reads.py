@@ -13,10 +13,12 @@ import triton.language as tl
 
 from .hidden import hidden_backward, hidden_of
 from .logs import running, shifts_of
+from .orthogonal import APART
 from .retentions import BY_ABOVE_READS, BY_FIRST_READS, FACTORS, scaled
 from .tiles import (
     above_parts,
     anchor_of,
+    clear,
     found_anew,
     hidden_at,
     hidden_parts,
@@ -73,8 +75,9 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shif
     d = tl.arange(0, D)
     i = tl.arange(0, C)
     d_read = tl.load(tall(reads, C, D)[0])
-    flow = tl.load(square(flows, C)[0])
-    flow_t = tl.load(square(flows_t, C)[0])
+    if MOMENTUM != APART:
+        flow = tl.load(square(flows, C)[0])
+        flow_t = tl.load(square(flows_t, C)[0])
     d_retain = tl.zeros([C], tl.float32)
     d_carry = tl.zeros([C], tl.float32)
     factor = None
@@ -91,7 +94,8 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shif
         if LAYERS > 1:
             # Operands are loaded and not computed: every warp would compute all of them. Wide heads have the registers
             # here, but not where the hidden keys would be stored.
-            hidden = tl.load(hiddens + at_hidden) if D <= 64 else hidden_at(befores, aboves, at_hidden, LAYERS)
+            if MOMENTUM != APART:
+                hidden = tl.load(hiddens + at_hidden) if D <= 64 else hidden_at(befores, aboves, at_hidden, LAYERS)
             read_hidden = tl.load(read_hiddens + at_hidden)
             pre, above_pre = pair_at(pres, above_pres, at_hidden, LAYERS)
             read = hidden_of(pre, above_pre, LAYERS)
@@ -102,16 +106,19 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shif
         weight, offset = running(weights + at, anchor, at, shift, d[:, None])
         to_weight = product(d_read, weight, DT, PRECISION)
         d_retain += tl.sum(read * to_weight, 1)
-        d_read_hidden = to_weight * retain[:, None] + product(flow, hidden, DT, PRECISION)
+        d_read_hidden = to_weight * retain[:, None]
+        if MOMENTUM != APART:
+            d_read_hidden += product(flow, hidden, DT, PRECISION)
         if shift is not None:
             to_offset = product(d_read, offset, DT, PRECISION)
             d_retain -= tl.sum(read * to_offset, 1)
             d_read_hidden += to_offset * (1.0 - retain)[:, None]
-        if MOMENTUM:
+        if MOMENTUM and MOMENTUM != APART:
             to_moment = product(d_read, tl.load(weights + SIZE + at), DT, PRECISION)
             d_carry += tl.sum(read * to_moment, 1)
             d_read_hidden += to_moment * carry[:, None]
-        tl.store(d_hiddens + at_hidden, product(flow_t, read_hidden, DT, PRECISION).to(DT))
+        if MOMENTUM != APART:
+            tl.store(d_hiddens + at_hidden, product(flow_t, read_hidden, DT, PRECISION).to(DT))
         if LAYERS > 1:
             d_pre, d_above_pre = hidden_backward(d_read_hidden, pre, above_pre, LAYERS)
             if factor is not None:
@@ -183,6 +190,21 @@ def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, zero,
 
 
 @triton.jit
+def no_scores(small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, LAYERS: tl.constexpr):
+    """Where reads do not see what the step writes: they add nothing to the gradients of Δ, of the hidden keys and of
+    K."""
+    _, _, _, _, d_delta1s, d_hiddens = hidden_parts(small, C, D, F)
+    _, _, _, d_deltas, d_keys, _, _, _ = wide_parts(wide, C, D, F)
+    clear(d_deltas, zero, C * D)
+    clear(d_keys, zero, C * D)
+    clear(d_hiddens, zero, C * F)
+    if LAYERS > 1:
+        clear(d_delta1s, zero, C * F)
+    if LAYERS == 3:
+        clear(above_parts(small, wide, C, D, F)[2], zero, C * F)
+
+
+@triton.jit
 def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shifts, gates, d_vectors, small, wide,
                 zero, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
                 RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
@@ -207,7 +229,7 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shi
         by_weight += product(d_pre, tl.trans(weight.to(DT)), DT, PRECISION)
         if shifts[0] is not None:
             by_offset += product(d_pre, tl.trans(offset.to(DT)), DT, PRECISION)
-        if MOMENTUM:
+        if MOMENTUM and MOMENTUM != APART:
             by_moment += product(d_pre, tl.trans(tl.load(weights + SIZE + at).to(DT)), DT, PRECISION)
         if LAYERS == 3:
             d_pre = tl.load(d_above_pres + i[:, None] * F + f[None, :])
@@ -215,16 +237,18 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shi
             by_weight += product(d_pre, tl.trans(weight.to(DT)), DT, PRECISION)
             if shifts[2] is not None:
                 by_offset += product(d_pre, tl.trans(offset.to(DT)), DT, PRECISION)
-            if MOMENTUM:
+            if MOMENTUM and MOMENTUM != APART:
                 by_moment += product(d_pre, tl.trans(tl.load(weights + PAIR + SIZE + at).to(DT)), DT, PRECISION)
     q = token_rows(q_ptr, tok, valid, d).to(tl.float32)
     k = token_rows(k_ptr, tok, valid, d)
-    d_q = by_weight * retain[:, None] + product(tl.load(square(scores, C)[0]), k, DT, PRECISION)
+    d_q = by_weight * retain[:, None]
+    if MOMENTUM != APART:
+        d_q += product(tl.load(square(scores, C)[0]), k, DT, PRECISION)
     if shifts[0] is not None:
         d_q += by_offset * (1.0 - retain)[:, None]
         by_weight -= by_offset
     tl.store(d_vectors + i, tl.load(d_vectors + i) + tl.sum(q * by_weight, 1))
-    if MOMENTUM:
+    if MOMENTUM and MOMENTUM != APART:
         d_q += by_moment * carry[:, None]
         tl.store(d_vectors + C + i, tl.load(d_vectors + C + i) + tl.sum(q * by_moment, 1))
     if RESIDUAL:
@@ -238,7 +262,8 @@ def neural_memory_reads_backward(
     d_write_ptr, d_vectors_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    TURN: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    BF: tl.constexpr,
 ):  # fmt: skip
     """Backward through the reads of one step: writes the gradients of Q, Λ, A and f, and to the workspace what reads
     add to those of Δ, of the hidden keys and of K."""
@@ -246,11 +271,12 @@ def neural_memory_reads_backward(
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
     PAIR: tl.constexpr = COPIES * D * F
     STEPS: tl.constexpr = EVERY * CHUNK // C
+    RULE: tl.constexpr = APART if TURN[0] != "none" else MOMENTUM
     _, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     j = segment * STEPS + tl.program_id(1)
     if (j >= first) & (j < after):
-        for part in tl.static_range(3):
+        for part in tl.static_range(3 if RULE != APART else 0):
             program, h, slot, begin, length, place = found_anew(
                 zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
             )  # fmt: skip
@@ -279,8 +305,7 @@ def neural_memory_reads_backward(
             kept = settled_ptr + (program * STEPS + tl.program_id(1)) * FACTORS
         last_reads(
             q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights + (LAYERS - 1) * PAIR, anchor[1], shifts[1], gates,
-            kept, d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT,
-            PRECISION,
+            kept, d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, RULE, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(
@@ -288,10 +313,13 @@ def neural_memory_reads_backward(
         )  # fmt: skip
         small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F, LAYERS)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
-        scores_backward(
-            q_ptr, k_ptr, tok, valid, write_ptr + slot * (C * C), d_write_ptr + slot * (C * C), small, wide, zero, D, F,
-            C, BF, LAYERS, DT, PRECISION,
-        )  # fmt: skip
+        if RULE == APART:
+            no_scores(small, wide, zero, D, F, C, LAYERS)
+        else:
+            scores_backward(
+                q_ptr, k_ptr, tok, valid, write_ptr + slot * (C * C), d_write_ptr + slot * (C * C), small, wide, zero,
+                D, F, C, BF, LAYERS, DT, PRECISION,
+            )  # fmt: skip
         if LAYERS > 1:
             program, h, slot, begin, length, place = found_anew(
                 zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
@@ -310,6 +338,5 @@ def neural_memory_reads_backward(
                 shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
             first_reads(
                 q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shifts, gates,
-                d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, MOMENTUM, DT,
-                PRECISION,
+                d_vectors_ptr + slot * (4 * C), small, wide, zero, D, F, C, BF, LAYERS, RESIDUAL, RULE, DT, PRECISION,
             )  # fmt: skip

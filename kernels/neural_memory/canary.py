@@ -18,7 +18,7 @@ GATES = ("log_retain", "log_momentum", "gamma", "delta")
 
 def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
     """The memory that a kernel's constants compute; what it is not built for, it has as usual."""
-    bias, (settle, *power) = constants["BIAS"], constants["SETTLE"]
+    bias, (settle, *power), (turn, *often) = constants["BIAS"], constants["SETTLE"], constants["TURN"]
     return MemorySpec(
         network={1: "linear", 2: "mlp", 3: "gated_mlp"}[constants["LAYERS"]],
         expansion=constants["F"] // constants["D"],
@@ -28,7 +28,8 @@ def spec_of(constants: Mapping[str, Any]) -> MemorySpec:
         **dict(zip(LP, bias[1:], strict=False)),
         **dict(zip(("lq_power",), power, strict=False)),
         retention=settle if settle != "none" else "l2" if constants.get("RETENTION", True) else "none",
-        rule="momentum" if constants["MOMENTUM"] else "gd",
+        rule=turn if turn != "none" else "momentum" if constants["MOMENTUM"] else "gd",
+        **({"ns_every": often[0], "ns_steps": often[1]} if often else {}),
         chunk_size=constants["CHUNK"],
         read_after_write=not constants.get("LATE", False),
         window=constants.get("WINDOW", 1),

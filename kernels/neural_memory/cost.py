@@ -87,6 +87,11 @@ def segment_chunks(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
     return max(1, -(-kept_numbers(spec, widths) // (4 * widths[0][0] * spec.step_size)))
 
 
+def kept_every(spec: MemorySpec, widths: Sequence[tuple[int, int]]) -> int:
+    """The chunks between two states that a forward in Triton keeps: whole ones, also with ``ns_every``."""
+    return -(-segment_chunks(spec, widths) * spec.step_size // spec.chunk_size)
+
+
 def kept_slots(tokens: int, rows: int, chunk: int, every: int) -> int:
     """How many states a forward in Triton keeps at most: known from shapes alone, and so is each sequence's place among
     them, cu_seqlens[n] // (chunk every) + n."""

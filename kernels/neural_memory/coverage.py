@@ -10,7 +10,7 @@ COVERED: dict[str, tuple[object, ...]] = {
     "network": ("linear", "mlp", "gated_mlp"),
     "bias": ("l2", "dot", "lp", "huber"),
     "retention": ("l2", "none", "norm", "lq", "kl"),
-    "rule": ("gd", "momentum"),
+    "rule": ("gd", "momentum", "muon", "muon_gd"),
     "gates": ("head",),
 }
 WIDTHS = (16, 32, 64, 128)
@@ -47,6 +47,10 @@ def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec)
         return "expansion", spec.expansion, "be 1, 2, 4 or 8"
     if spec.chunk_size not in (16, 32) and spec.chunk_size % 64:
         return "chunk_size", spec.chunk_size, "be 16, 32 or a multiple of 64"
+    if spec.step_size not in (16, 32) and spec.step_size % 64:
+        return "ns_every", spec.ns_every, "be 16, 32 or a multiple of 64"
+    if spec.window > 1 and spec.orthogonal:
+        return "window", spec.window, f"be 1 with rule {spec.rule}"
     if spec.window > 1 and tile_of(spec, width) is None:
         return "window", spec.window, f"be at most {widest_window(width)} with heads of {width}"
     return None

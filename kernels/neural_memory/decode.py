@@ -20,10 +20,11 @@ from .canary import decode_pairs
 from .forward import constants_of
 from .hidden import hidden_backward, hidden_of
 from .logs import exponentials, log_means, settle_logs
+from .orthogonal import APART, turn, turned_size, work_of
 from .retentions import factor_of, scaled, settle
 from .spec import MemorySpec
 from .state import matrix_names
-from .tiles import EPS, copy
+from .tiles import EPS, clear, copy
 
 
 @triton.jit
@@ -46,7 +47,9 @@ def written(layer, at, gradient, factor, weight, theta, retain, momentum, ended,
     if MOMENTUM:
         change += momentum * tl.load(s + at)
         tl.store(new_s + at, change)
-    after = retain * before + scaled(change, factor)
+    after = retain * before
+    if MOMENTUM != APART:
+        after += scaled(change, factor)
     if SETTLE[0] == "kl":
         start = tl.load(u + at)
         after += (1.0 - retain) * (weight - start)
@@ -84,6 +87,28 @@ def settle_token(layer, factor, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS:
         settle(u, new_w, new_w, zero, IN, OUT, ROWS, COLS, False)
         tl.debug_barrier()
         copy(new_u, new_w, zero, IN * OUT)
+
+
+@triton.jit
+def turn_token(first, last, third, factors, turned, row, ended, zero, D: tl.constexpr, F: tl.constexpr,
+               LAYERS: tl.constexpr, SETTLE: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    """After the last token that muon orthogonalises at once: W += NS(S), with lq times its factor, and S = 0 with
+    muon_gd; and the anchor, which W becomes where a chunk has ``ended``."""
+    _, work = work_of(turned, row, D, F, LAYERS, TURN, False)
+    for layer in tl.range(0, LAYERS + zero, disable_licm=True):
+        tall = layer == LAYERS - 1
+        new_w = tl.where(tall, last[3], tl.where(layer == 0, first[3], third[3]))
+        new_s = tl.where(tall, last[4], tl.where(layer == 0, first[4], third[4]))
+        new_u = tl.where(tall, last[5], tl.where(layer == 0, first[5], third[5]))
+        factor = 1.0
+        if SETTLE[0] == "lq":
+            factor = tl.where(tall, factors[1], tl.where(layer == 0, factors[0], factors[2]))
+        turn(new_w, new_s, factor, work, tall, zero, D, F, TURN)
+        tl.debug_barrier()
+        if TURN[0] == "muon_gd":
+            clear(new_s, zero, D * F)
+        if ended:
+            copy(new_u, new_w, zero, D * F)
 
 
 @triton.jit
@@ -206,10 +231,10 @@ def window_gradients(k_ptr, deltas, rows, weights, f, factors, zero, H: tl.const
 def neural_memory_decode(
     q_ptr, k_ptr, v_ptr, theta_ptr, retain_ptr, momentum_ptr, gamma_ptr, threshold_ptr, norm_ptr, position_ptr, w1_ptr,
     s1_ptr, u1_ptr, w2_ptr, s2_ptr, u2_ptr, w3_ptr, s3_ptr, u3_ptr, deltas_ptr, o_ptr, new_w1, new_s1, new_u1, new_w2,
-    new_s2, new_u2, new_w3, new_s3, new_u3, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    new_s2, new_u2, new_w3, new_s3, new_u3, turned_ptr, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     CHUNK: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
-    SETTLE: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, LATE: tl.constexpr, WINDOW: tl.constexpr,
-    DT: tl.constexpr, BF: tl.constexpr,
+    SETTLE: tl.constexpr, RETENTION: tl.constexpr, MOMENTUM: tl.constexpr, TURN: tl.constexpr, LATE: tl.constexpr,
+    WINDOW: tl.constexpr, DT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """``w``, ``s``, ``u`` [N, H, in, out]: W, S and the anchor of W1, W2 and W3, a linear memory's as its second.
     ``k``, ``v``, ``gamma``, ``threshold`` [N, WINDOW, H, ·]: the window, the token itself last; ``deltas``
@@ -230,8 +255,9 @@ def neural_memory_decode(
     retain = 1.0
     if RETENTION:
         retain = tl.exp(tl.load(retain_ptr + row))
-    momentum = 0.0
-    if MOMENTUM:
+    RULE: tl.constexpr = APART if TURN[0] != "none" else MOMENTUM
+    momentum = 1.0 if TURN[0] == "muon_gd" else 0.0
+    if MOMENTUM and TURN[0] != "muon_gd":
         momentum = tl.exp(tl.load(momentum_ptr + row))
     ended = (tl.load(position_ptr + row // H) + 1) % CHUNK == 0
     scale = tl.zeros([D], tl.float32)
@@ -285,7 +311,7 @@ def neural_memory_decode(
             if WINDOW == 1:
                 by_first = k[:, None] * delta1[None, :]
             old, new = written(
-                first, at_first, by_first, factors[0], weight, theta, retain, momentum, ended, MOMENTUM, SETTLE
+                first, at_first, by_first, factors[0], weight, theta, retain, momentum, ended, RULE, SETTLE
             )  # fmt: skip
             asked = tl.sum((old if LATE else new) * q[:, None], 0)
             asked_above = asked
@@ -293,8 +319,7 @@ def neural_memory_decode(
                 if WINDOW == 1:
                     by_third = k[:, None] * delta3[None, :]
                 old, new = written(
-                    third, at_first, by_third, factors[2], weight_above, theta, retain, momentum, ended, MOMENTUM,
-                    SETTLE,
+                    third, at_first, by_third, factors[2], weight_above, theta, retain, momentum, ended, RULE, SETTLE
                 )  # fmt: skip
                 asked_above = tl.sum((old if LATE else new) * q[:, None], 0)
             asked = hidden_of(asked, asked_above, LAYERS)
@@ -303,7 +328,7 @@ def neural_memory_decode(
         if WINDOW == 1:
             by_last = hidden[:, None] * delta[None, :]
         old, new = written(
-            last, at_last, by_last, factors[1], weight_last, theta, retain, momentum, ended, MOMENTUM, SETTLE
+            last, at_last, by_last, factors[1], weight_last, theta, retain, momentum, ended, RULE, SETTLE
         )  # fmt: skip
         read += tl.sum((old if LATE else new) * asked[:, None], 0)
     if NORM:
@@ -311,6 +336,10 @@ def neural_memory_decode(
     if RESIDUAL:
         read += q
     tl.store(o_ptr + row * D + d, read.to(DT))
+    if TURN[0] != "none":
+        tl.debug_barrier()
+        if (tl.load(position_ptr + row // H) + 1) % TURN[1] == 0:
+            turn_token(first, last, third, factors, turned_ptr, row, ended, zero, D, F, LAYERS, SETTLE, TURN)
     if SETTLE[0] != "none":
         tl.debug_barrier()
         if ended:
@@ -367,6 +396,7 @@ def run_decode(
         "norm_ptr": q if norm is None else norm.contiguous(),
         "position_ptr": position,
         "deltas_ptr": step if gamma is None else torch.empty_like(v),
+        "turned_ptr": step.new_empty((*step.shape[::2], turned_size(constants))),
         "o_ptr": o,
         "zero": 0,
     }

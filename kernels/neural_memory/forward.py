@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..launch import Config, Kernel, Pairs, precision
 from .canary import LP, backward_pairs, forward_pairs
-from .cost import kept_slots, segment_chunks
+from .cost import kept_every, kept_slots
 from .duals import derives, enter, leave, shifts, start
 from .gate_kernels import run_gates
+from .orthogonal import turn_of, turned_size
 from .reads import neural_memory_reads
 from .retentions import settled_size
 from .slots import Band
@@ -27,8 +28,9 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 def step_length(spec: MemorySpec, width: int) -> int:
-    """C of a step: the chunk, or the part of it that fits a program's registers with heads of ``width``."""
-    return min(spec.chunk_size, 64 if width <= 64 else 32)
+    """C of a step: the chunk, or what muon orthogonalises at once, or the part of it that fits a program's registers
+    with heads of ``width``."""
+    return min(spec.step_size, 64 if width <= 64 else 32)
 
 
 def settle_of(spec: MemorySpec) -> tuple[Any, ...]:
@@ -54,7 +56,7 @@ def constants_of(
         "F": weights[0].shape[2],
         "CHUNK": spec.chunk_size,
         "C": step_length(spec, q.shape[3]),
-        "EVERY": segment_chunks(spec, [(w.shape[1], w.shape[2]) for w in weights]),
+        "EVERY": kept_every(spec, [(w.shape[1], w.shape[2]) for w in weights]),
         "WINDOW": spec.window if band is None else band.window,
         "HALO": 0 if band is None else band.halo,
         "LAYERS": spec.layers,
@@ -64,6 +66,7 @@ def constants_of(
         "SETTLE": settle_of(spec),
         "RETENTION": spec.retention_gate,
         "MOMENTUM": spec.has_momentum,
+        "TURN": turn_of(spec),
         "LATE": not spec.read_after_write,
         "STATE": state,
         "PACKED": packed,
@@ -76,8 +79,9 @@ def constants_of(
 
 def small(constants: Mapping[str, Any]) -> bool:
     """Whether a program needs few registers; of 255 the compiler then gives a thread fewer than it needs, and spills,
-    unless there are fewer warps. Three matrices need many."""
-    return constants["LAYERS"] == 2 and constants["D"] * constants["F"] <= 4096
+    unless there are fewer warps. Three matrices need many, and so does muon."""
+    few = constants["LAYERS"] == 2 and constants["D"] * constants["F"] <= 4096
+    return few and constants["TURN"][0] == "none"
 
 
 def large(constants: Mapping[str, Any]) -> list[Config]:
@@ -228,6 +232,7 @@ def run_forward(
         "kept_ptr": kept,
         "states_ptr": step.new_empty((rows, heads, steps, (parts - 1) * size)),
         "settled_ptr": settled(step, state, rows, constants, spec),
+        "turned_ptr": step.new_empty((rows, heads, turned_size(constants))),
         "small_ptr": q.new_empty((rows, heads, steps, c * (d + constants["F"]))),
         # Of the backward alone:
         **dict.fromkeys(("d_o_ptr", "d_norm_ptr", "wide_ptr"), step),

@@ -46,19 +46,20 @@ def decays(later, earlier, mask):
 def neural_memory_gates(
     theta_ptr, retain_ptr, momentum_ptr, gamma_ptr, position_ptr, cu_ptr, write_ptr, vectors_ptr, ends_ptr, T,
     H: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, HALO: tl.constexpr, RETENTION: tl.constexpr,
-    MOMENTUM: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GATE_PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
+    MOMENTUM: tl.constexpr, TURN: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``write`` [slots, H, C, C]: Λ as reads use it (LATE: one token late, where reads come before writes);
     ``vectors`` [slots, H, 4, C]: A and f of the reads, Λ_c and P_c of the update; ``ends`` [slots, H, 4]: A_c, f_c and
-    E_c."""
+    E_c. Of muon (``TURN``, see orthogonal.py) Λ and f are zero: they are neither made nor read."""
     n = tl.program_id(0) // H
+    GATED: tl.constexpr = MOMENTUM and TURN[0] != "muon_gd"
     h = tl.program_id(0) % H
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     i = tl.arange(0, C)
     for j in range(place // C + tl.program_id(1), tl.where(length > 0, tl.cdiv(place + length, C), 0), PARTS):
         token, valid = step_tokens(j, begin, length, place, C)
-        theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, token * H + h, valid, RETENTION, MOMENTUM)
+        theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, token * H + h, valid, RETENTION, GATED)
         own = own_slots(j, place, valid, C, HALO)
         total = tl.cumsum(log_a, 0)
         read = total - log_a if LATE else total
@@ -68,7 +69,15 @@ def neural_memory_gates(
         slot = step_slot(j, n, begin, place, C) * H + h
         if WINDOW > 1:
             spread = band(tl.load(gamma_ptr + token * H + h, mask=valid, other=0.0), C, WINDOW)
-        if MOMENTUM:
+        if TURN[0] != "none":
+            inner = tl.cumsum(log_n, 0)
+            inner_last = tl.sum(log_n, 0)
+            inertia = tl.exp(inner_last)
+            if TURN[0] == "muon_gd":  # S starts at zero again where an earlier step of the call has turned it
+                inertia = tl.where((j * C % TURN[1] == 0) & (j > place // C), 0.0, inertia)
+            tl.store(vectors_ptr + slot * (4 * C) + 3 * C + i, tl.exp(inner_last - inner) * theta)
+            tl.store(ends_ptr + slot * 4 + 2, inertia)
+        elif MOMENTUM:
             inner = tl.cumsum(log_n, 0)
             momentum_write = decays(inner[:, None], inner[None, :], i[None, :] <= i[:, None]) * theta[None, :]
             inertia = tl.exp(inner)
@@ -88,9 +97,10 @@ def neural_memory_gates(
         if WINDOW > 1:
             write = tl.dot(write, spread, input_precision=GATE_PRECISION)
             end_write = over_window(end_write, spread)
-        tl.store(write_ptr + slot * (C * C) + i[:, None] * C + i[None, :], write.to(write_ptr.dtype.element_ty))
+        if TURN[0] == "none":
+            tl.store(write_ptr + slot * (C * C) + i[:, None] * C + i[None, :], write.to(write_ptr.dtype.element_ty))
+            tl.store(vectors_ptr + slot * (4 * C) + 2 * C + i, end_write)
         tl.store(vectors_ptr + slot * (4 * C) + i, tl.exp(read))
-        tl.store(vectors_ptr + slot * (4 * C) + 2 * C + i, end_write)
         tl.store(ends_ptr + slot * 4, tl.exp(last))
 
 
@@ -98,7 +108,7 @@ def neural_memory_gates(
 def neural_memory_gates_backward(
     theta_ptr, retain_ptr, momentum_ptr, position_ptr, cu_ptr, d_write_ptr, d_vectors_ptr, d_ends_ptr, d_theta_ptr,
     d_retain_ptr, d_momentum_ptr, T, H: tl.constexpr, C: tl.constexpr, HALO: tl.constexpr, RETENTION: tl.constexpr,
-    MOMENTUM: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    MOMENTUM: tl.constexpr, TURN: tl.constexpr, LATE: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
     GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of θ, log a and log η from those of what :func:`neural_memory_gates` computes, laid out alike: without
@@ -109,12 +119,13 @@ def neural_memory_gates_backward(
     """
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
+    GATED: tl.constexpr = MOMENTUM and TURN[0] != "muon_gd"
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     i = tl.arange(0, C)
     for j in range(place // C + tl.program_id(1), tl.where(length > 0, tl.cdiv(place + length, C), 0), PARTS):
         token, valid = step_tokens(j, begin, length, place, C)
         at = token * H + h
-        theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, at, valid, RETENTION, MOMENTUM)
+        theta, log_a, log_n = step_gates(theta_ptr, retain_ptr, momentum_ptr, at, valid, RETENTION, GATED)
         own = own_slots(j, place, valid, C, HALO)
         slot = step_slot(j, n, begin, place, C) * H + h
         square = d_write_ptr + slot * (C * C)
@@ -126,7 +137,18 @@ def neural_memory_gates_backward(
         seen = i[None, :] <= i[:, None] - LATE
         decay = decays(read[:, None], total[None, :], seen & own[None, :])
         ending = decays(last, total, own)
-        if MOMENTUM:
+        if TURN[0] != "none":
+            inner = tl.cumsum(log_n, 0)
+            inner_last = tl.sum(log_n, 0)
+            remaining = tl.exp(inner_last - inner)
+            d_end_momentum = tl.load(d_vectors_ptr + slot * (4 * C) + 3 * C + i)
+            d_theta = d_end_momentum * remaining
+            if GATED:
+                ended = d_theta * theta
+                d_log = tl.sum(ended, 0) - tl.cumsum(ended, 0, reverse=True)
+                d_log += tl.load(d_ends_ptr + slot * 4 + 2) * tl.exp(inner_last)
+                tl.store(d_momentum_ptr + at, d_log, mask=valid)
+        elif MOMENTUM:
             d_carry = tl.load(d_vectors_ptr + slot * (4 * C) + C + i)
             d_end_momentum = tl.load(d_vectors_ptr + slot * (4 * C) + 3 * C + i)
             d_end_carry = tl.load(d_ends_ptr + slot * 4 + 1)
@@ -177,9 +199,13 @@ def neural_memory_gates_backward(
             flow_in, flow_out = tl.sum(flow, 1), tl.sum(flow, 0)
         tl.store(d_theta_ptr + at, d_theta, mask=valid)
         if RETENTION:
-            ended = d_ending * ending
-            d_read = flow_in + d_retain * tl.exp(read)
-            d_log = tl.cumsum(d_read - flow_out - ended, 0, reverse=True) + tl.sum(ended, 0)
+            d_read = d_retain * tl.exp(read)
+            if TURN[0] != "none":
+                d_log = tl.cumsum(d_read, 0, reverse=True)
+            else:
+                ended = d_ending * ending
+                d_read += flow_in
+                d_log = tl.cumsum(d_read - flow_out - ended, 0, reverse=True) + tl.sum(ended, 0)
             d_log += tl.load(d_ends_ptr + slot * 4) * tl.exp(last)
             if LATE:  # the sum at a read stops one token short
                 d_log -= d_read
@@ -269,7 +295,7 @@ def _problem(constants: Mapping[str, Any]) -> tuple[list[Any], Tensor | None, Te
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2 * constants["C"], constants["H"])
     drawn = [torch.empty(shape).uniform_(low, high, generator=generator) for low, high in ((0, 1), (-0.3, 0), (-2, 0))]
-    wanted = (True, constants["RETENTION"], constants["MOMENTUM"])
+    wanted = (True, constants["RETENTION"], constants["MOMENTUM"] and constants["TURN"][0] != "muon_gd")
     own = torch.arange(constants["C"]) >= constants["HALO"]
     gates = [(x * own.repeat(2)[:, None]).to(device) if want else None for x, want in zip(drawn, wanted, strict=True)]
     position = torch.zeros(1, dtype=torch.int32, device=device) if constants["STATE"] else None
@@ -290,6 +316,8 @@ def _forward_pairs(constants: Mapping[str, Any]) -> Pairs:
     made = run_gates(step, log_retain, log_momentum, position, borders, 1, constants, torch.float32, gamma)
     theta, log_a, log_n, weight = (_flat(x, constants["C"]) for x in (step, log_retain, log_momentum, gamma))
     assert theta is not None
+    if constants["TURN"][0] != "none":
+        return _turned_pairs(constants, theta, log_a, log_n, *(x[:2].flatten(0, 1) for x in made[1:]))
     wanted = make_gates(theta, log_a, log_n, own, constants["LATE"])
 
     square = torch.ones((constants["C"],) * 2, device=theta.device).tril().triu(1 - constants["WINDOW"])
@@ -308,6 +336,24 @@ def _forward_pairs(constants: Mapping[str, Any]) -> Pairs:
     return found
 
 
+def _turned_pairs(
+    constants: Mapping[str, Any],
+    theta: Tensor,
+    log_a: Tensor | None,
+    log_n: Tensor | None,
+    vectors: Tensor,
+    ends: Tensor,
+) -> Pairs:
+    """With muon: S of muon_gd begins the second step at zero, if a step is what it turns after."""
+    wanted = make_gates(theta, log_a, torch.zeros_like(theta) if log_n is None else log_n, None, constants["LATE"])
+    assert wanted.momentum_write is not None and wanted.inertia is not None
+    inertia = wanted.inertia[:, -1]
+    if log_n is None and constants["C"] == constants["TURN"][1]:
+        inertia = inertia * (torch.arange(len(theta), device=theta.device) < constants["H"])
+    found = [(vectors[:, 0], wanted.read_retain), (vectors[:, 3], wanted.momentum_write[:, -1])]
+    return [*found, (ends[:, 0], wanted.retain[:, -1]), (ends[:, 2], inertia)]
+
+
 def _backward_pairs(constants: Mapping[str, Any]) -> Pairs:
     (step, log_retain, log_momentum), position, borders, own = _problem(constants)
     theta, log_a, log_n = (_flat(x, constants["C"]) for x in (step, log_retain, log_momentum))
@@ -321,7 +367,10 @@ def _backward_pairs(constants: Mapping[str, Any]) -> Pairs:
     d_write = d_write.tril(-int(constants["LATE"]))
     of_steps = d_write, d_vectors, d_ends
     found = run_gates_backward(of_steps, step, log_retain, log_momentum, position, borders, 1, constants)
-    write, vectors, ends = (x[:2].flatten(0, 1) for x in (d_write, d_vectors, d_ends))
+    write, vectors, ends = (x[:2].flatten(0, 1).clone() for x in (d_write, d_vectors, d_ends))
+    if constants["TURN"][0] != "none":  # W sees S only orthogonalised
+        write.zero_(), vectors[:, 1:3].zero_(), ends[:, 1].zero_()
+        log_n = torch.zeros_like(theta) if log_n is None else log_n
     if constants["LATE"]:
         vectors[:, :2, 0] = 0.0  # a read before the first write depends on no gate
     gradients = GateGradients(
@@ -336,4 +385,4 @@ def _backward_pairs(constants: Mapping[str, Any]) -> Pairs:
 
 GATES = Kernel(neural_memory_gates, _configs, _forward_pairs)
 GATES_BACKWARD = Kernel(neural_memory_gates_backward, _configs, _backward_pairs)
-NAMES = ("H", "C", "HALO", "RETENTION", "MOMENTUM", "LATE", "STATE", "PACKED", "GATE_PRECISION")
+NAMES = ("H", "C", "HALO", "RETENTION", "MOMENTUM", "TURN", "LATE", "STATE", "PACKED", "GATE_PRECISION")

@@ -18,7 +18,7 @@ from ..operator import absent, operator, present
 from . import replay
 from .call import Call
 from .chunked import Chunk, chunk_backward, chunk_forward
-from .cost import kept_slots, matmul_flops, segment_chunks
+from .cost import kept_every, kept_slots, matmul_flops, segment_chunks
 from .duals import derives
 from .gates import gates_backward, make_gates
 from .schedule import Step
@@ -47,9 +47,9 @@ def _checkpoint_slots(
     if triton and spec.window > 1:
         tokens = slots_of(q.shape[0], q.shape[1], rows, position is not None, cu_seqlens is not None, spec, q.shape[3])
         spec = inner_of(spec, q.shape[3])
-    every = segment_chunks(spec, widths)
     if triton:
-        return kept_slots(tokens, rows, spec.chunk_size, every)
+        return kept_slots(tokens, rows, spec.chunk_size, kept_every(spec, widths))
+    every = segment_chunks(spec, widths)
     ragged = position is not None or cu_seqlens is not None
     return checkpoint_rows(q.shape[0], q.shape[1], rows, spec.step_size, every, ragged)
 

@@ -138,6 +138,14 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "gated_d32_f64_c32_lp_lq_packed_bf16": plan(
         width=32, packed=True, network="gated_mlp", expansion=2, bias="lp", retention="lq", chunk_size=32
     ),
+    # Muon.
+    "mlp_f256_c64_muon_bf16": plan(rule="muon"),
+    "linear_d32_c32_muon_packed_bf16": plan(width=32, packed=True, network="linear", rule="muon", chunk_size=32),
+    "gated_f256_c64_muon_gd_norm_retention_bf16": plan(network="gated_mlp", rule="muon_gd", retention="norm"),
+    "mlp_d128_f128_c128_plain_muon_gd_packed_bf16": plan(
+        width=128, packed=True, expansion=1, norm=False, rule="muon_gd", chunk_size=128, ns_every=64
+    ),
+    "mlp_f256_muon_decode_bf16": partial(call, MemorySpec(rule="muon"), length=1, decode=True),
     "gated_f256_decode_bf16": partial(call, MemorySpec(network="gated_mlp"), length=1, decode=True),
     # Windows: that of ATLAS; a linear memory with one; one so wide that steps have 16 tokens of their own, in chunks.
     "mlp_f256_c64_window16_bf16": plan(window=16),

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .hidden import hidden_of
 from .logs import running, shifts_of
+from .orthogonal import APART
 from .retentions import BY_READS, FACTORS, load_factors, scaled
 from .states import anchor_block, keys_block
 from .tiles import (
@@ -43,10 +44,21 @@ def first_read(q, scores, delta, weights, anchor, shift, f, at, retain, carry, f
     pre = product(q, weight, DT, PRECISION) * retain[:, None]
     if shift is not None:
         pre += product(q, offset, DT, PRECISION) * (1.0 - retain)[:, None]
-    pre -= product(scores, delta, DT, PRECISION)
-    if MOMENTUM:
+    if MOMENTUM != APART:
+        pre -= product(scores, delta, DT, PRECISION)
+    if MOMENTUM and MOMENTUM != APART:
         pre += product(q, tl.load(weights + SIZE + at), DT, PRECISION) * carry[:, None]
     return scaled(pre, factor)
+
+
+@triton.jit
+def apart_reads(q, at, states, retain, factors, LAYERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """The queries' pre-activations of a block of W1, and of W3, where reads see A_t W alone."""
+    pre = scaled(product(q, tl.load(states[0] + at), DT, PRECISION) * retain[:, None], factors[0])
+    above = pre
+    if LAYERS == 3:
+        above = scaled(product(q, tl.load(states[2] + at), DT, PRECISION) * retain[:, None], factors[2])
+    return pre, above
 
 
 @triton.jit
@@ -67,7 +79,8 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
     k = token_rows(k_ptr, tok, valid, d)
     q = token_rows(q_ptr, tok, valid, d)
     delta = tl.load(tall(deltas, C, D)[0])
-    if LAYERS > 1:
+    scores = k
+    if LAYERS > 1 and MOMENTUM != APART:
         scores = (product(q, token_columns(k_ptr, tok, valid, d), DT, PRECISION) * tl.load(write).to(tl.float32)).to(DT)
         if GRAD:
             tl.store(square(hiddens[5], C)[0], scores)
@@ -78,7 +91,12 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
         at_hidden = i[:, None] * F + f[None, :]
-        if LAYERS > 1:
+        if LAYERS > 1 and MOMENTUM == APART and not GRAD:
+            # What the step writes is not read in it.
+            pre, pre_above = apart_reads(q, at1, states, retain, factors, LAYERS, DT, PRECISION)
+            read = hidden_of(pre, pre_above, LAYERS)
+            tl.store(reads + at_hidden, read.to(DT))
+        elif LAYERS > 1:
             kt = token_columns(k_ptr, tok + start * zero, valid, d)
             block = anchor_block(anchor, shifts, f, d, at1, at2, DT, LAYERS)
             before, above, back, delta1, delta3, hidden_t = keys_block(
@@ -101,7 +119,7 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
                 tl.store(hiddens[1] + at_hidden, back.to(DT))
                 tl.store(hiddens[2] + at_hidden, before)
                 tl.store(hiddens[3] + at_hidden, pre)
-                if D <= 64:
+                if D <= 64 and MOMENTUM != APART:
                     tl.store(hiddens[4] + at_hidden, hidden_of(before, above, LAYERS).to(DT))
             if GRAD and LAYERS == 3:
                 tl.store(hiddens[6] + at_hidden, delta3.to(DT))
@@ -110,7 +128,8 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
         else:
             hidden_t = token_columns(k_ptr, tok, valid, f)
             read = token_rows(q_ptr, tok, valid, f).to(tl.float32)
-        products += product(read, hidden_t, DT, PRECISION)
+        if MOMENTUM != APART:
+            products += product(read, hidden_t, DT, PRECISION)
     if LAYERS > 1:
         tl.debug_barrier()
     out = tl.zeros([C, D], tl.float32)
@@ -125,7 +144,7 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
         out += product(hidden * retain[:, None], weight, DT, PRECISION)
         if shifts[1] is not None:
             out += product(hidden * (1.0 - retain)[:, None], offset, DT, PRECISION)
-        if MOMENTUM:
+        if MOMENTUM and MOMENTUM != APART:
             out += product(hidden * carry[:, None], tl.load(states[1] + SIZE + at2), DT, PRECISION)
     return products, out
 
@@ -136,8 +155,8 @@ def neural_memory_reads(
     d_o_ptr, d_norm_ptr, settled_ptr, small_ptr, wide_ptr, zero_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
     F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    BF: tl.constexpr,
+    TURN: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Forward: ``o`` of one step. GRAD: its tiles to the workspace, with the gradient of the last layer's reads, and
     what the reads add to that of the norm's scale: ``d_norm`` [slots, H, 2, D], by the reads of a step and by its
@@ -146,6 +165,7 @@ def neural_memory_reads(
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
     PAIR: tl.constexpr = COPIES * SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
+    RULE: tl.constexpr = APART if TURN[0] != "none" else MOMENTUM
     d = tl.arange(0, D)
     j = segment * STEPS + tl.program_id(1)
     _, length, place = sequence(tl.program_id(0) // H, cu_ptr, position_ptr, T, PACKED, STATE)
@@ -177,16 +197,18 @@ def neural_memory_reads(
             tiles = parts[0], parts[1], wides[5], wides[6], parts[4], scores, more[0], more[3], more[4]
         found, out = reads_pass(
             q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, now,
-            square(write_ptr + slot * (C * C), C)[0], gates, hidden, tiles, zero, D, F, C, BF, LAYERS, MOMENTUM, GRAD,
-            DT, PRECISION,
+            square(write_ptr + slot * (C * C), C)[0], gates, hidden, tiles, zero, D, F, C, BF, LAYERS, RULE, GRAD, DT,
+            PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
         at = program * STEPS + tl.program_id(1)
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
-        if GRAD:
+        if GRAD and RULE != APART:
             tl.store(square(workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)[1], C)[0], found)
-        if NORM or not GRAD or SETTLE[0] == "lq":
+        if RULE == APART:
+            out = scaled(out, factors[1])
+        elif NORM or not GRAD or SETTLE[0] == "lq":
             delta = tl.load(tall(deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD), C, D)[0])
             written = tl.load(square(write_ptr + slot * (C * C), C)[0]).to(tl.float32)
             out = scaled(out - product(found * written, delta, DT, PRECISION), factors[1])

@@ -16,6 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .orthogonal import work_of
 from .spec import RETENTION_EPS
 
 SMALLEST = tl.constexpr(RETENTION_EPS)
@@ -132,6 +133,16 @@ def settled_numbers(LAYERS: tl.constexpr, PAIR: tl.constexpr, EVERY: tl.constexp
     """How many numbers a backward keeps of a segment's ends of chunks: W and S after its last step, and of each chunk
     the scales of all layers."""
     return LAYERS * PAIR + EVERY * (D + (LAYERS - 1) * F)
+
+
+@triton.jit
+def after_segment(settled, turned, program, LAYERS: tl.constexpr, PAIR: tl.constexpr, EVERY: tl.constexpr,
+                  D: tl.constexpr, F: tl.constexpr, SETTLE: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    """Where a backward keeps W and S after a segment's last step, if it needs them."""
+    if SETTLE[0] == "norm":
+        return settled + program * settled_numbers(LAYERS, PAIR, EVERY, D, F)
+    else:
+        return work_of(turned, program, D, F, LAYERS, TURN, True)[0]
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton.language as tl
 from .biases import error_of, load_thresholds
 from .hidden import hidden_backward, hidden_of
 from .logs import log_through, settle_logs, shifts_of, weights_at
-from .retentions import FACTORS, keep_factors, scaled, scales_of, settle, settled_numbers
+from .orthogonal import APART, turn_all
+from .retentions import FACTORS, after_segment, keep_factors, scaled, scales_of, settle
 from .tiles import (
     anchor_of,
     begin_state,
@@ -115,11 +116,13 @@ def keys_block(k, kt, delta, block, factors, LAYERS: tl.constexpr, DT: tl.conste
 def update_block(old, new, at, end_retain, end_carry, end_inertia, written, written_moment, SIZE: tl.constexpr,
                  MOMENTUM: tl.constexpr):  # fmt: skip
     """A block of W and S after the step, from those before and the rank-C terms that are taken off."""
-    weight = tl.load(old + at)
-    after = end_retain * weight - written
+    after = end_retain * tl.load(old + at)
+    if MOMENTUM != APART:
+        after -= written
     if MOMENTUM:
         moment = tl.load(old + SIZE + at)
-        after += end_carry * moment
+        if MOMENTUM != APART:
+            after += end_carry * moment
         tl.store(new + SIZE + at, end_inertia * moment - written_moment)
     tl.store(new + at, after)
 
@@ -129,7 +132,9 @@ def update_first(kt, delta, old, new, at, gates, SIZE: tl.constexpr, MOMENTUM: t
                  PRECISION: tl.constexpr):  # fmt: skip
     """A block of a matrix that the keys meet first, W1 or W3, and of its S, after the step."""
     _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
-    written = product(kt, delta * end_write[:, None], DT, PRECISION)
+    written = kt
+    if MOMENTUM != APART:
+        written = product(kt, delta * end_write[:, None], DT, PRECISION)
     inert = written
     if MOMENTUM:
         inert = product(kt, delta * end_momentum[:, None], DT, PRECISION)
@@ -144,12 +149,16 @@ def update_pass(k_ptr, tok, valid, delta, anchor, shifts, factors, old, new, gat
     SIZE: tl.constexpr = D * F
     _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
     d = tl.arange(0, D)
-    k = token_rows(k_ptr, tok, valid, d)
-    kt = token_columns(k_ptr, tok, valid, d)
+    if MOMENTUM != APART:
+        k = token_rows(k_ptr, tok, valid, d)
+        kt = token_columns(k_ptr, tok, valid, d)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
+        if MOMENTUM == APART:  # in float32 they fill too many registers to be kept
+            k = token_rows(k_ptr, tok + start * zero, valid, d)
+            kt = token_columns(k_ptr, tok + start * zero, valid, d)
         if LAYERS > 1:
             block = anchor_block(anchor, shifts, f, d, at1, at2, DT, LAYERS)
             delta1, delta3, hidden_t = keys_block(k, kt, delta, block, factors, LAYERS, DT, PRECISION)[3:]
@@ -158,7 +167,9 @@ def update_pass(k_ptr, tok, valid, delta, anchor, shifts, factors, old, new, gat
                 update_first(kt, delta3, old[2], new[2], at1, gates, SIZE, MOMENTUM, DT, PRECISION)
         else:
             hidden_t = token_columns(k_ptr, tok, valid, f).to(tl.float32)
-        written2 = product(hidden_t * end_write[None, :], delta, DT, PRECISION)
+        written2 = hidden_t
+        if MOMENTUM != APART:
+            written2 = product(hidden_t * end_write[None, :], delta, DT, PRECISION)
         inert2 = written2
         if MOMENTUM:
             inert2 = product(hidden_t * end_momentum[None, :], delta, DT, PRECISION)
@@ -179,10 +190,11 @@ def begin_segment(states, start_ptr, kept_ptr, segment, n, h, slots, zero, H: tl
 @triton.jit(do_not_specialize=["T", "segment", "zero"])
 def neural_memory_states(
     k_ptr, v_ptr, threshold_ptr, vectors_ptr, ends_ptr, norm_ptr, start_ptr, position_ptr, cu_ptr, kept_ptr, state_ptr,
-    states_ptr, settled_ptr, small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+    states_ptr, settled_ptr, turned_ptr, small_ptr, wide_ptr, T, segment, zero, H: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
+    TURN: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """W and S with which each step of a segment begins, ``states`` [N, H, steps, ·], and Δ of its last layer, in
     ``small``. ``start``: the state before the call, or W_0 of each layer [H, ·]; ``kept``: W and S every EVERY chunks,
@@ -199,7 +211,12 @@ def neural_memory_states(
     PAIR: tl.constexpr = COPIES * SIZE
     WHOLE: tl.constexpr = PAIR + SIZE
     STEPS: tl.constexpr = EVERY * CHUNK // C
-    WALKS: tl.constexpr = (not GRAD) or SETTLE[0] == "norm" or SETTLE[0] == "kl"
+    ENDS: tl.constexpr = SETTLE[0] == "norm" or TURN[0] != "none"
+    WALKS: tl.constexpr = (not GRAD) or SETTLE[0] == "kl" or ENDS
+    RULE: tl.constexpr = APART if TURN[0] != "none" else MOMENTUM
+    # What S is made of must be exact where muon makes its small singular values as large as all others.
+    KIND: tl.constexpr = tl.float32 if TURN[0] != "none" else DT
+    EXACT: tl.constexpr = TURN[3] if TURN[0] != "none" else PRECISION
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     filled = place + length
@@ -228,8 +245,8 @@ def neural_memory_states(
             new2 = tl.where(through, tl.where(ends, own + (LAYERS - 1) * WHOLE, kept + (LAYERS - 1) * PAIR), new2)
             if LAYERS == 3:
                 new3 = tl.where(through, tl.where(ends, own + WHOLE, kept + PAIR), new3)
-        if GRAD and SETTLE[0] == "norm":
-            through = settled_ptr + program * settled_numbers(LAYERS, PAIR, EVERY, D, F)
+        if GRAD and ENDS:
+            through = after_segment(settled_ptr, turned_ptr, program, LAYERS, PAIR, EVERY, D, F, SETTLE, TURN)
             new1 = tl.where(j == after - 1, through, new1)
             new2 = tl.where(j == after - 1, through + (LAYERS - 1) * PAIR, new2)
             if LAYERS == 3:
@@ -253,8 +270,8 @@ def neural_memory_states(
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         normed, rstd, residual, delta = inner_pass(
             k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale,
-            load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero, D, F, C, BF, LAYERS, NORM, RESIDUAL, BIAS, DT,
-            PRECISION,
+            load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero, D, F, C, BF, LAYERS, NORM, RESIDUAL, BIAS, KIND,
+            EXACT,
         )  # fmt: skip
         tl.store(tall(deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD), C, D)[0], delta.to(DT))
         if GRAD:
@@ -265,11 +282,19 @@ def neural_memory_states(
             tl.store(rstds + tl.arange(0, C), rstd)
         if (j < after - 1) | WALKS:
             update_pass(
-                k_ptr, tok, valid, delta.to(DT), anchor, shifts, factors,
+                k_ptr, tok, valid, delta.to(KIND), anchor, shifts, factors,
                 (old, old + (LAYERS - 1) * PAIR, old + PAIR), (new1, new2, new3), gates, zero, D, F, C, BF, LAYERS,
-                MOMENTUM, DT, PRECISION,
+                RULE, KIND, EXACT,
             )  # fmt: skip
         tl.debug_barrier()
+        if TURN[0] != "none":
+            upto = (j + 1) * C
+            # In the backward nobody reads W after a segment's last step, but for a norm that settles.
+            wanted = (j < after - 1) | (not GRAD) | (SETTLE[0] == "norm")
+            if (upto % TURN[1] == 0) & (upto <= filled) & wanted:
+                leaves = (upto == filled) & (not GRAD) & (TURN[0] == "muon_gd")
+                turn_all((new1, new2, new3), turned_ptr, program, leaves, zero, D, F, LAYERS, TURN, GRAD)
+                tl.debug_barrier()
         if SETTLE[0] == "norm":
             upto = (j + 1) * C
             if (upto % CHUNK == 0) & (upto <= filled):

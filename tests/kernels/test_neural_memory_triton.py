@@ -24,6 +24,7 @@ from palimpsest.kernels.launch import planning
 from palimpsest.kernels.neural_memory.canary import spec_of
 from palimpsest.kernels.neural_memory.coverage import COVERED
 from palimpsest.kernels.neural_memory.forward import constants_of, step_length
+from palimpsest.kernels.neural_memory.gate_kernels import GATES, GATES_BACKWARD, NAMES
 from palimpsest.kernels.neural_memory.plans import PLANS, VARIANTS
 
 #: network, depth, expansion, norm, residual, bias, retention, rule, chunk_size, read_after_write; packed, warm state.
@@ -48,9 +49,15 @@ LENGTHS = {16: 35, 32: 45, 64: 70, 128: 200}
 # self there.
 CLOSE, CLOSE_NORM = 1e-5, 3e-5
 
-#: Networks, biases and retentions beyond those: choices, packed, warm state.
+#: Networks, biases, retentions and rules beyond those: choices, packed, warm state. Of muon few Newton-Schulz steps,
+#: which make less of rounding.
 Row = tuple[dict[str, Any], bool, bool]
-PAIRED = {"network": ("linear", "mlp"), "bias": ("l2", "dot"), "retention": ("l2", "none")}
+PAIRED = {
+    "network": ("linear", "mlp"),
+    "bias": ("l2", "dot"),
+    "retention": ("l2", "none"),
+    "rule": ("momentum", "gd"),
+}
 BEYOND: list[Row] = [
     ({"bias": "huber"}, True, True),
     (
@@ -95,6 +102,9 @@ BEYOND: list[Row] = [
         False,
         False,
     ),
+    ({"network": "linear", "retention": "lq", "rule": "muon_gd", "ns_steps": 2, "read_after_write": False}, True, True),
+    ({"network": "gated_mlp", "norm": False, "retention": "norm", "rule": "muon", "ns_steps": 1}, False, True),
+    ({"network": "linear", "rule": "muon", "ns_steps": 3, "chunk_size": 32, "ns_every": 16}, False, False),
 ]
 
 
@@ -113,6 +123,11 @@ OTHERS = [
     MemorySpec("linear", chunk_size=16, bias="huber", retention="norm"),
     MemorySpec("linear", chunk_size=16, norm=True, bias="lp", lp_power=2.5, retention="lq", lq_power=3.0),
     MemorySpec("gated_mlp", expansion=1, chunk_size=16, norm=False, retention="kl"),
+]
+#: And of the gates' kernels alone; with muon all other kernels have the canary of the memories above.
+MUON = [
+    MemorySpec("linear", chunk_size=32, rule="muon", ns_every=16, ns_steps=3),
+    MemorySpec("linear", chunk_size=16, rule="muon_gd", read_after_write=False),
 ]
 
 
@@ -149,7 +164,7 @@ def test_other_choices_equal_the_reference(row: Row) -> None:
     spec = beyond(choices)
     close = CLOSE_NORM if spec.norm else CLOSE
     # After a state in the middle of a chunk into the third, and of a chunk of several steps into the second.
-    length = 80 if spec.chunk_size > 16 else 40 if packed else 26
+    length = 80 if spec.chunk_size > 32 else 40 if packed or spec.chunk_size == 32 else 26
     check_equals_reference(case_of(spec, close=close), "triton", torch.float32, length, packed=packed, warm=warm)
 
 
@@ -236,6 +251,18 @@ def test_short_documents_that_cross_a_chunk_have_places_of_their_own() -> None:
         assert_close(a, b, CLOSE, what)
 
 
+def test_muon_of_nothing_is_nothing() -> None:
+    """Where nothing was written S is zero: NS(S) is too, and its gradient finite."""
+    spec = MemorySpec("linear", chunk_size=16, rule="muon", ns_steps=2)
+    case = case_of(spec)
+    arguments = case.arguments(0, torch.float32, 1, 17)
+    arguments["step"] = torch.zeros_like(arguments["step"])
+    found = outputs_and_gradients(case, arguments, "triton")
+    wanted = outputs_and_gradients(case, to_dtype(arguments, torch.float64), "reference")
+    for a, b, what in zip(found, wanted, ("values", "gradients"), strict=True):
+        assert_close(a, b, CLOSE, what)
+
+
 @pytest.mark.parametrize("spec", [MemorySpec(expansion=2, chunk_size=16), MemorySpec("linear", chunk_size=16), *OTHERS])
 def test_every_configuration_is_right(spec: MemorySpec) -> None:
     """By the canaries that guard them on a GPU."""
@@ -252,11 +279,21 @@ def test_every_configuration_is_right(spec: MemorySpec) -> None:
     check_configurations(call)
 
 
-@pytest.mark.parametrize("spec", [MemorySpec(expansion=2, chunk_size=16), *OTHERS])
+@pytest.mark.parametrize("spec", MUON, ids=lambda spec: spec.rule)
+def test_the_gates_of_muon_are_right(spec: MemorySpec) -> None:
+    """By their canaries."""
+    given = make(Draw(0, torch.float32), 1, 3, spec=spec, heads=1, width=16)
+    constants = constants_of(given["q"], given["weights"], False, False, False, spec)
+    for kernel in (GATES, GATES_BACKWARD):
+        pairs = kernel.canary({name: constants[name] for name in (*NAMES, "WINDOW")})
+        assert_close(*zip(*pairs, strict=True), CLOSE, kernel.name)
+
+
+@pytest.mark.parametrize("spec", [MemorySpec(expansion=2, chunk_size=16), *OTHERS, *MUON])
 def test_a_canary_is_of_the_memory_that_it_guards(spec: MemorySpec) -> None:
     given = make(Draw(0, torch.float32), 1, 3, spec=spec, heads=1, width=16)
     found = spec_of(constants_of(given["q"], given["weights"], False, False, False, spec))
-    for name in (*FIELDS, "lp_power", "lq_power"):
+    for name in (*FIELDS, "lp_power", "lq_power", "step_size", "ns_steps"):
         assert getattr(found, name) == getattr(spec, name), name
 
 
@@ -268,7 +305,8 @@ def test_a_canary_is_of_the_memory_that_it_guards(spec: MemorySpec) -> None:
         ({"expansion": 3}, "expansion was 3; it must be 1, 2, 4 or 8"),
         ({"chunk_size": 48}, "chunk_size was 48; it must be 16, 32 or a multiple of 64"),
         ({"dtype": torch.float64}, r"q\.dtype was float64; it must be float32, bfloat16 or float16"),
-        ({"rule": "muon"}, "rule was muon; it must be gd or momentum"),
+        ({"rule": "muon", "ns_every": 8}, "ns_every was 8; it must be 16, 32 or a multiple of 64"),
+        ({"rule": "muon", "window": 2}, "window was 2; it must be 1 with rule muon"),
         ({"window": 58}, "window was 58; it must be at most 57 with heads of 16"),
     ],
 )
