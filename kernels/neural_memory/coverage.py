@@ -49,8 +49,6 @@ def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec)
         return "chunk_size", spec.chunk_size, "be 16, 32 or a multiple of 64"
     if spec.step_size not in (16, 32) and spec.step_size % 64:
         return "ns_every", spec.ns_every, "be 16, 32 or a multiple of 64"
-    if spec.window > 1 and spec.orthogonal:
-        return "window", spec.window, f"be 1 with rule {spec.rule}"
     if spec.window > 1 and tile_of(spec, width) is None:
         return "window", spec.window, f"be at most {widest_window(width)} with heads of {width}"
     return None

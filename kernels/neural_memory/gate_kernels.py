@@ -5,7 +5,7 @@ coefficients instead of computing them. A program takes every PARTS-th step of o
 step lie: ``tiles.step_slot``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,10 @@ def neural_memory_gates(
             inertia = tl.exp(inner_last)
             if TURN[0] == "muon_gd":  # S starts at zero again where an earlier step of the call has turned it
                 inertia = tl.where((j * C % TURN[1] == 0) & (j > place // C), 0.0, inertia)
-            tl.store(vectors_ptr + slot * (4 * C) + 3 * C + i, tl.exp(inner_last - inner) * theta)
+            end_momentum = tl.exp(inner_last - inner) * theta
+            if WINDOW > 1:
+                end_momentum = over_window(end_momentum, spread)
+            tl.store(vectors_ptr + slot * (4 * C) + 3 * C + i, end_momentum)
             tl.store(ends_ptr + slot * 4 + 2, inertia)
         elif MOMENTUM:
             inner = tl.cumsum(log_n, 0)
@@ -94,7 +97,7 @@ def neural_memory_gates(
         else:
             write = decay * theta[None, :]
             end_write = ending * theta
-        if WINDOW > 1:
+        if WINDOW > 1 and TURN[0] == "none":
             write = tl.dot(write, spread, input_precision=GATE_PRECISION)
             end_write = over_window(end_write, spread)
         if TURN[0] == "none":
@@ -316,16 +319,15 @@ def _forward_pairs(constants: Mapping[str, Any]) -> Pairs:
     made = run_gates(step, log_retain, log_momentum, position, borders, 1, constants, torch.float32, gamma)
     theta, log_a, log_n, weight = (_flat(x, constants["C"]) for x in (step, log_retain, log_momentum, gamma))
     assert theta is not None
-    if constants["TURN"][0] != "none":
-        return _turned_pairs(constants, theta, log_a, log_n, *(x[:2].flatten(0, 1) for x in made[1:]))
-    wanted = make_gates(theta, log_a, log_n, own, constants["LATE"])
-
     square = torch.ones((constants["C"],) * 2, device=theta.device).tril().triu(1 - constants["WINDOW"])
 
     def spread(x: Tensor) -> Tensor:
         """[2H, ·, C] times γ's band."""
         return x if weight is None else x @ square * weight.unsqueeze(1)
 
+    if constants["TURN"][0] != "none":
+        return _turned_pairs(constants, theta, log_a, log_n, own, spread, *(x[:2].flatten(0, 1) for x in made[1:]))
+    wanted = make_gates(theta, log_a, log_n, own, constants["LATE"])
     write, vectors, ends = (x[:2].flatten(0, 1) for x in made)
     found = [(write, spread(wanted.read_write)), (vectors[:, 0], wanted.read_retain)]
     found += [(vectors[:, 2:3], spread(wanted.write[:, -1:])), (ends[:, 0], wanted.retain[:, -1])]
@@ -341,16 +343,18 @@ def _turned_pairs(
     theta: Tensor,
     log_a: Tensor | None,
     log_n: Tensor | None,
+    own: Tensor | None,
+    spread: Callable[[Tensor], Tensor],
     vectors: Tensor,
     ends: Tensor,
 ) -> Pairs:
     """With muon: S of muon_gd begins the second step at zero, if a step is what it turns after."""
-    wanted = make_gates(theta, log_a, torch.zeros_like(theta) if log_n is None else log_n, None, constants["LATE"])
+    wanted = make_gates(theta, log_a, torch.zeros_like(theta) if log_n is None else log_n, own, constants["LATE"])
     assert wanted.momentum_write is not None and wanted.inertia is not None
     inertia = wanted.inertia[:, -1]
     if log_n is None and constants["C"] == constants["TURN"][1]:
         inertia = inertia * (torch.arange(len(theta), device=theta.device) < constants["H"])
-    found = [(vectors[:, 0], wanted.read_retain), (vectors[:, 3], wanted.momentum_write[:, -1])]
+    found = [(vectors[:, 0], wanted.read_retain), (vectors[:, 3:], spread(wanted.momentum_write[:, -1:]))]
     return [*found, (ends[:, 0], wanted.retain[:, -1]), (ends[:, 2], inertia)]
 
 

@@ -149,6 +149,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "gated_f256_decode_bf16": partial(call, MemorySpec(network="gated_mlp"), length=1, decode=True),
     # Windows: that of ATLAS; a linear memory with one; one so wide that steps have 16 tokens of their own, in chunks.
     "mlp_f256_c64_window16_bf16": plan(window=16),
+    "mlp_f256_c64_muon_window16_bf16": plan(rule="muon", window=16),
     "linear_c16_dot_gd_window16_packed_bf16": plan(
         packed=True, network="linear", residual=True, bias="dot", rule="gd", chunk_size=16, window=16
     ),

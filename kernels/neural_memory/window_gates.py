@@ -45,11 +45,11 @@ def over_window(vector, spread):
 def neural_memory_window_backward(
     gamma_ptr, position_ptr, cu_ptr, write_ptr, vectors_ptr, d_write_ptr, d_vectors_ptr, d_gamma_ptr, d_single_ptr,
     d_singles_ptr, T, H: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, MOMENTUM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    TURN: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GATE_PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of Λ and of ``vectors`` to those without a window, ``d_single`` and ``d_singles``, and that of
     γ. ``write`` and ``vectors`` are those of γ = 1, of which the ones with γ are multiples, column by column: γ may be
-    zero."""
+    zero. Of muon (``TURN``) there is P_c alone."""
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
     begin, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
@@ -62,20 +62,22 @@ def neural_memory_window_backward(
         slot = step_slot(j, n, begin, place, C) * H + h
         square = slot * (C * C) + i[:, None] * C + i[None, :]
         at = slot * (4 * C) + i
-        d_write = tl.load(d_write_ptr + square).to(tl.float32)
-        d_end = tl.load(d_vectors_ptr + at + 2 * C)
-        d_gamma = tl.sum(d_write * tl.load(write_ptr + square).to(tl.float32), 0)
-        d_gamma += d_end * tl.load(vectors_ptr + at + 2 * C)
+        d_gamma = tl.zeros([C], tl.float32)
         tl.store(d_singles_ptr + at, tl.load(d_vectors_ptr + at))
-        tl.store(d_singles_ptr + at + 2 * C, over_window(d_end * gamma, spread_t))
+        if TURN[0] == "none":
+            d_write = tl.load(d_write_ptr + square).to(tl.float32)
+            d_end = tl.load(d_vectors_ptr + at + 2 * C)
+            d_gamma += tl.sum(d_write * tl.load(write_ptr + square).to(tl.float32), 0)
+            d_gamma += d_end * tl.load(vectors_ptr + at + 2 * C)
+            tl.store(d_singles_ptr + at + 2 * C, over_window(d_end * gamma, spread_t))
+            d_single = tl.dot(d_write * gamma[None, :], spread_t, input_precision=GATE_PRECISION)
+            tl.store(d_single_ptr + square, d_single.to(d_single_ptr.dtype.element_ty))
         if MOMENTUM:
             d_end = tl.load(d_vectors_ptr + at + 3 * C)
             d_gamma += d_end * tl.load(vectors_ptr + at + 3 * C)
             tl.store(d_singles_ptr + at + C, tl.load(d_vectors_ptr + at + C))
             tl.store(d_singles_ptr + at + 3 * C, over_window(d_end * gamma, spread_t))
         tl.store(d_gamma_ptr + token * H + h, d_gamma, mask=valid)
-        d_single = tl.dot(d_write * gamma[None, :], spread_t, input_precision=GATE_PRECISION)
-        tl.store(d_single_ptr + square, d_single.to(d_single_ptr.dtype.element_ty))
 
 
 def run_window_backward(
@@ -116,7 +118,8 @@ def _pairs(constants: Mapping[str, Any]) -> Pairs:
     """Two steps of one row, of random numbers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    c, heads, parts = constants["C"], constants["H"], (0, 1, 2, 3) if constants["MOMENTUM"] else (0, 2)
+    c, heads, turned = constants["C"], constants["H"], constants["TURN"][0] != "none"
+    parts = (0, 3) if turned else (0, 1, 2, 3) if constants["MOMENTUM"] else (0, 2)
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -131,9 +134,12 @@ def _pairs(constants: Mapping[str, Any]) -> Pairs:
     by_slot = gamma.unflatten(1, (2, c))[0].transpose(1, 2)
     spread = torch.ones(c, c, device=device).tril().triu(1 - constants["WINDOW"])
     last = [part for part in parts if part > 1]
-    wanted = (d_write * write).sum(-2) + (d_vectors * vectors)[:, :, last].sum(-2)
+    wanted = (d_vectors * vectors)[:, :, last].sum(-2)
+    if not turned:
+        wanted += (d_write * write).sum(-2)
     pairs = [(d_gamma.unflatten(1, (2, c))[0].transpose(1, 2), wanted)]
-    pairs.append((d_single[0][:2], d_write * by_slot.unsqueeze(-2) @ spread.mT))
+    if not turned:
+        pairs.append((d_single[0][:2], d_write * by_slot.unsqueeze(-2) @ spread.mT))
     for part in parts:
         own = d_vectors[:, :, part]
         pairs.append((d_single[1][:2, :, part], (own * by_slot) @ spread.mT if part > 1 else own))
@@ -141,4 +147,4 @@ def _pairs(constants: Mapping[str, Any]) -> Pairs:
 
 
 WINDOW_BACKWARD = Kernel(neural_memory_window_backward, _configs, _pairs)
-NAMES = ("H", "C", "WINDOW", "MOMENTUM", "STATE", "PACKED", "GATE_PRECISION")
+NAMES = ("H", "C", "WINDOW", "MOMENTUM", "TURN", "STATE", "PACKED", "GATE_PRECISION")

@@ -86,7 +86,9 @@ def test_slots_hold_every_step_and_its_halo(
     assert inner.window == 1 and inner.chunk_size == chunk // new * slots
 
 
-@pytest.mark.parametrize("choices", [{}, {"rule": "gd", "retention": "none", "read_after_write": False}])
+@pytest.mark.parametrize(
+    "choices", [{}, {"rule": "gd", "retention": "none", "read_after_write": False}, {"rule": "muon"}]
+)
 def test_the_gates_of_a_window_are_right(choices: dict[str, Any]) -> None:
     """By the canaries that guard them on a GPU."""
     spec = MemorySpec("linear", chunk_size=16, window=3, **choices)
