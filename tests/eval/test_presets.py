@@ -65,7 +65,7 @@ def test_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
             speed,
         ]
         assert rows[name][:-1] == wanted
-    assert rows["titans_lmm"][-1] == "Triton" and rows["atlas"][-1].startswith("plain torch: ")
+    assert {others[-1] for name, others in rows.items() if name in FEW} == {"Triton"}
     assert "`python -m palimpsest.eval.ablate ablations/tried`: Some bytes. 2 runs, seeds 0, 1, 3 minutes of" in written
     assert presets.main(["--text", str(mqar), "--rounds", "0"]) == 2
     assert "results of 'tried' have mean; they must have validation_loss" in capsys.readouterr().err
@@ -78,3 +78,10 @@ def test_the_kernels_of_memories_are_told_and_why_there_are_none() -> None:
     assert path(("rms_norm × 3: plain torch, for x was 1; it must 2", "neural_memory × 2: Triton")) == "Triton"
     lines = ("neural_memory × 2: plain torch, for window was 4; it must be 1", "window_attention × 2: Triton")
     assert path(lines) == "plain torch: window 4"
+
+
+@pytest.mark.parametrize("name", ["titans_mac", "memora", "atlas_pp", "tnt", "mom_hybrid", "hcam_titans", "lact"])
+def test_presets_of_a_real_size_have_kernels(name: str) -> None:
+    """All but LaCT, whose few wide heads and long chunks are batched products of plain torch."""
+    path = presets.path_of(describe(f"170m/{name}").kernels)
+    assert path == ("plain torch: q.shape[-1] 192" if name == "lact" else "Triton")
