@@ -252,7 +252,7 @@ def second_order(u2, shift, kept, small, wide, zero, D: tl.constexpr, F: tl.cons
             d_above = tl.load(d_hiddens + at_hidden) * slope_above + d_delta1 * mixed
             tl.store(d_delta3s + at_hidden, d_above.to(DT))
         tl.store(d_hiddens + at_hidden, d_before.to(DT))
-        weight = weights_at(u2 + f[:, None] * D + d[None, :], shift, d[None, :])
+        weight = weights_at(u2 + f[:, None] * D + d[None, :], shift, d[None, :], zero)
         d_delta += product(d_back, weight, DT, PRECISION)
     tl.store(tall(d_deltas, C, D)[0], d_delta)
     if factor is not None:
@@ -335,7 +335,7 @@ def error_down(d_v_ptr, threshold_ptr, d_threshold_ptr, j, begin, length, place,
 
 
 @triton.jit
-def keys_first(kt, d_k, d_before, before, factor, weights, shift, qt, d_pres, at_hidden, f, grads, at,
+def keys_first(kt, d_k, d_before, before, factor, weights, shift, qt, d_pres, at_hidden, f, zero, grads, at,
                COLUMNS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Through a block of W1 or W3: the gradient of K with what it adds, and its share of the factor's, [C]; adds to the
     gradient of the anchor."""
@@ -343,7 +343,7 @@ def keys_first(kt, d_k, d_before, before, factor, weights, shift, qt, d_pres, at
     if factor is not None:
         d_factor = tl.sum(d_before * before, 1)
     d_before = scaled(d_before, factor)
-    d_k += product(d_before, tl.trans(weights_at(weights + at, shift, f[None, :]).to(DT)), DT, PRECISION)
+    d_k += product(d_before, tl.trans(weights_at(weights + at, shift, f[None, :], zero).to(DT)), DT, PRECISION)
     d_weight = product(kt, d_before, DT, PRECISION)
     if shift is not None:
         d_offset = product(qt, tl.load(d_pres + at_hidden), DT, PRECISION)
@@ -400,7 +400,7 @@ def keys_down(q_ptr, k_ptr, d_k_ptr, tok, valid, anchor, shifts, grads, kept, sm
         if LAYERS == 3:
             d_above = tl.load(d_aboves + at_hidden).to(tl.float32)
         if LAST:
-            d_hidden = product(d_last, weights_at(anchor[1] + at2, shifts[1], d[:, None]), DT, PRECISION)
+            d_hidden = product(d_last, weights_at(anchor[1] + at2, shifts[1], d[:, None], zero), DT, PRECISION)
             more_above = d_hidden
             if LAYERS > 1:
                 d_hidden, more_above = hidden_backward(d_hidden, before, above, LAYERS)
@@ -417,14 +417,14 @@ def keys_down(q_ptr, k_ptr, d_k_ptr, tok, valid, anchor, shifts, grads, kept, sm
             tl.store(grads[1] + at2, tl.load(grads[1] + at2) + anchor2)
         if LAYERS > 1:
             d_k, more = keys_first(
-                kt, d_k, d_before, before, factor, anchor[0], shifts[0], qt, d_pres, at_hidden, f, grads[0], at,
+                kt, d_k, d_before, before, factor, anchor[0], shifts[0], qt, d_pres, at_hidden, f, zero, grads[0], at,
                 COLUMNS, DT, PRECISION,
             )  # fmt: skip
             if factor is not None:
                 d_factor += more
             if LAYERS == 3:
                 d_k, more = keys_first(
-                    kt, d_k, d_above, above, above_factor, anchor[2], shifts[2], qt, d_above_pres, at_hidden, f,
+                    kt, d_k, d_above, above, above_factor, anchor[2], shifts[2], qt, d_above_pres, at_hidden, f, zero,
                     grads[2], at, COLUMNS, DT, PRECISION,
                 )  # fmt: skip
                 if factor is not None:

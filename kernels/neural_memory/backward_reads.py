@@ -103,7 +103,7 @@ def last_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shif
             hidden = token_rows(k_ptr, tok, valid, f)
             read_hidden = token_rows(q_ptr, tok, valid, f)
             read = read_hidden.to(tl.float32)
-        weight, offset = running(weights + at, anchor, at, shift, d[:, None])
+        weight, offset = running(weights + at, anchor, at, shift, d[:, None], zero)
         to_weight = product(d_read, weight, DT, PRECISION)
         d_retain += tl.sum(read * to_weight, 1)
         d_read_hidden = to_weight * retain[:, None]
@@ -225,7 +225,7 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shi
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
         d_pre = tl.load(d_pres + i[:, None] * F + f[None, :])
-        weight, offset = running(weights + at, anchor[0], at, shifts[0], f[None, :])
+        weight, offset = running(weights + at, anchor[0], at, shifts[0], f[None, :], zero)
         by_weight += product(d_pre, tl.trans(weight.to(DT)), DT, PRECISION)
         if shifts[0] is not None:
             by_offset += product(d_pre, tl.trans(offset.to(DT)), DT, PRECISION)
@@ -233,7 +233,7 @@ def first_reads(q_ptr, k_ptr, d_o_ptr, d_q_ptr, tok, valid, weights, anchor, shi
             by_moment += product(d_pre, tl.trans(tl.load(weights + SIZE + at).to(DT)), DT, PRECISION)
         if LAYERS == 3:
             d_pre = tl.load(d_above_pres + i[:, None] * F + f[None, :])
-            weight, offset = running(weights + PAIR + at, anchor[2], at, shifts[2], f[None, :])
+            weight, offset = running(weights + PAIR + at, anchor[2], at, shifts[2], f[None, :], zero)
             by_weight += product(d_pre, tl.trans(weight.to(DT)), DT, PRECISION)
             if shifts[2] is not None:
                 by_offset += product(d_pre, tl.trans(offset.to(DT)), DT, PRECISION)

@@ -10,6 +10,10 @@ zeros for all chunks but that in which such a state lies. With O = F(U) − U
 
 where D + O is the memory as it is read where a step begins: sums of D and O alone would cancel in half precision.
 
+An operand that is computed from loads alone Triton 3.7 computes where matrix instructions of steps of 32 want it, once
+more for every warp: ``zero``, a 0 that is no load, keeps an exponential where its tile lies, and spares wide heads some
+80 registers.
+
 Matrices are [IN, OUT], row by row in memory, and gone through in blocks [ROWS, COLS]. ``cols``: a block's columns, of
 the shape by which they broadcast.
 """
@@ -60,22 +64,22 @@ def clear_shifts(settled, segment, LAYERS: tl.constexpr, PAIR: tl.constexpr, D: 
 
 
 @triton.jit
-def weights_at(anchor, shift, cols):
+def weights_at(anchor, shift, cols, zero):
     """A block of the weights at the anchor; ``shift`` None: the anchor itself."""
     if shift is None:
         return tl.load(anchor)
     else:
-        return tl.exp(tl.load(anchor) - tl.load(shift + cols))
+        return tl.exp(tl.load(anchor) - (tl.load(shift + cols) + zero))
 
 
 @triton.jit
-def running(dual, anchor, at, shift, cols):
+def running(dual, anchor, at, shift, cols, zero):
     """Of a block of D where a step begins: W there, and O; without a shift D is W, and stands for both."""
     weight = tl.load(dual)
     offset = weight
     if shift is not None:
         start = tl.load(anchor + at)
-        offset = tl.exp(start - tl.load(shift + cols)) - start
+        offset = tl.exp(start - (tl.load(shift + cols) + zero)) - start
         weight += offset
     return weight, offset
 

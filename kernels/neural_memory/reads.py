@@ -37,10 +37,10 @@ from .tiles import (
 
 
 @triton.jit
-def first_read(q, scores, delta, weights, anchor, shift, f, at, retain, carry, factor, SIZE: tl.constexpr,
+def first_read(q, scores, delta, weights, anchor, shift, f, at, zero, retain, carry, factor, SIZE: tl.constexpr,
                MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The queries' pre-activations of a block of W1 or W3."""
-    weight, offset = running(weights + at, anchor, at, shift, f[None, :])
+    weight, offset = running(weights + at, anchor, at, shift, f[None, :], zero)
     pre = product(q, weight, DT, PRECISION) * retain[:, None]
     if shift is not None:
         pre += product(q, offset, DT, PRECISION) * (1.0 - retain)[:, None]
@@ -98,18 +98,18 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
             tl.store(reads + at_hidden, read.to(DT))
         elif LAYERS > 1:
             kt = token_columns(k_ptr, tok + start * zero, valid, d)
-            block = anchor_block(anchor, shifts, f, d, at1, at2, DT, LAYERS)
+            block = anchor_block(anchor, shifts, f, d, at1, at2, zero, DT, LAYERS)
             before, above, back, delta1, delta3, hidden_t = keys_block(
                 k, kt, delta, block, factors, LAYERS, DT, PRECISION
             )  # fmt: skip
             pre = first_read(
-                q, scores, delta1, states[0], anchor[0], shifts[0], f, at1, retain, carry, factors[0], SIZE, MOMENTUM,
-                DT, PRECISION,
+                q, scores, delta1, states[0], anchor[0], shifts[0], f, at1, zero, retain, carry, factors[0], SIZE,
+                MOMENTUM, DT, PRECISION,
             )  # fmt: skip
             pre_above = pre
             if LAYERS == 3:
                 pre_above = first_read(
-                    q, scores, delta3, states[2], anchor[2], shifts[2], f, at1, retain, carry, factors[2], SIZE,
+                    q, scores, delta3, states[2], anchor[2], shifts[2], f, at1, zero, retain, carry, factors[2], SIZE,
                     MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
             read = hidden_of(pre, pre_above, LAYERS)
@@ -140,7 +140,7 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
             hidden = tl.load(reads + i[:, None] * F + f[None, :]).to(tl.float32)
         else:
             hidden = token_rows(q_ptr, tok, valid, f).to(tl.float32)
-        weight, offset = running(states[1] + at2, anchor[1], at2, shifts[1], d[None, :])
+        weight, offset = running(states[1] + at2, anchor[1], at2, shifts[1], d[None, :], zero)
         out += product(hidden * retain[:, None], weight, DT, PRECISION)
         if shifts[1] is not None:
             out += product(hidden * (1.0 - retain)[:, None], offset, DT, PRECISION)

@@ -55,14 +55,17 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale, thresho
             f = start + tl.arange(0, BF)
             if LAYERS > 1:
                 at = d[:, None] * F + f[None, :]
-                before = scaled(product(k, weights_at(u1 + at, shifts[0], f[None, :]), DT, PRECISION), factors[0])
+                weight = weights_at(u1 + at, shifts[0], f[None, :], zero)
+                before = scaled(product(k, weight, DT, PRECISION), factors[0])
                 above = before
                 if LAYERS == 3:
-                    above = scaled(product(k, weights_at(u3 + at, shifts[2], f[None, :]), DT, PRECISION), factors[2])
+                    weight = weights_at(u3 + at, shifts[2], f[None, :], zero)
+                    above = scaled(product(k, weight, DT, PRECISION), factors[2])
                 hidden = hidden_of(before, above, LAYERS)
             else:
                 hidden = token_rows(k_ptr, tok, valid, f)
-            last += product(hidden, weights_at(u2 + f[:, None] * D + d[None, :], shifts[1], d[None, :]), DT, PRECISION)
+            weight = weights_at(u2 + f[:, None] * D + d[None, :], shifts[1], d[None, :], zero)
+            last += product(hidden, weight, DT, PRECISION)
         last = scaled(last, factors[1])
     residual = -token_rows(v_ptr, tok, valid, d).to(tl.float32)
     normed = last
@@ -83,13 +86,13 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale, thresho
 
 
 @triton.jit
-def anchor_block(anchor, shifts, f, d, at1, at2, DT: tl.constexpr, LAYERS: tl.constexpr):
+def anchor_block(anchor, shifts, f, d, at1, at2, zero, DT: tl.constexpr, LAYERS: tl.constexpr):
     """A block of hidden units f of W1 [D, BF], W2 [BF, D] and W3 [D, BF] at the anchor."""
-    first = weights_at(anchor[0] + at1, shifts[0], f[None, :]).to(DT)
-    last = weights_at(anchor[1] + at2, shifts[1], d[None, :]).to(DT)
+    first = weights_at(anchor[0] + at1, shifts[0], f[None, :], zero).to(DT)
+    last = weights_at(anchor[1] + at2, shifts[1], d[None, :], zero).to(DT)
     above = first
     if LAYERS == 3:
-        above = weights_at(anchor[2] + at1, shifts[2], f[None, :]).to(DT)
+        above = weights_at(anchor[2] + at1, shifts[2], f[None, :], zero).to(DT)
     return first, last, above
 
 
@@ -160,7 +163,7 @@ def update_pass(k_ptr, tok, valid, delta, anchor, shifts, factors, old, new, gat
             k = token_rows(k_ptr, tok + start * zero, valid, d)
             kt = token_columns(k_ptr, tok + start * zero, valid, d)
         if LAYERS > 1:
-            block = anchor_block(anchor, shifts, f, d, at1, at2, DT, LAYERS)
+            block = anchor_block(anchor, shifts, f, d, at1, at2, zero, DT, LAYERS)
             delta1, delta3, hidden_t = keys_block(k, kt, delta, block, factors, LAYERS, DT, PRECISION)[3:]
             update_first(kt, delta1, old[0], new[0], at1, gates, SIZE, MOMENTUM, DT, PRECISION)
             if LAYERS == 3:
