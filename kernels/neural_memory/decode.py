@@ -352,8 +352,11 @@ def neural_memory_decode(
 
 def decode_configs(constants: Mapping[str, Any]) -> list[Config]:
     """Blocks of hidden units: of 16 only where the weights do not settle, with which they spill, or no others fit. With
-    a window, whose sums are tiles, two matrices that do not settle want these, and all others those of 32."""
+    a window, whose sums are tiles, two matrices that do not settle want these, and all others those of 32. With kl none
+    but those of 16."""
     every = [Config((("BF", b),), 4, 1) for b in (32, 16) if b <= constants["F"]]
+    if constants["SETTLE"][0] == "kl":
+        return every[-1:]
     if constants["WINDOW"] > 1 and constants["SETTLE"][0] == "none":
         return every[-1:] if constants["LAYERS"] == 2 else every[:1]
     return every if constants["SETTLE"][0] == "none" else every[:1]

@@ -106,10 +106,13 @@ def carry_configs(constants: Mapping[str, Any]) -> list[Config]:
 
 
 def state_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """As all that walks; with fewer warps yet for steps of 16, and for a linear memory with narrow heads."""
+    """As all that walks; with fewer warps yet for steps of 16, for a linear memory with narrow heads, and for kl with
+    wide ones, of which eight get too few registers."""
     if small(constants) and constants["C"] == 16:
         return [Config((("BF", 16),), 2, 1)]
     if constants["LAYERS"] == 1 and constants["D"] <= 32:
+        return [Config((("BF", 16),), 4, 1)]
+    if constants["SETTLE"][0] == "kl" and constants["LAYERS"] == 2 and constants["D"] > 64 and not large(constants):
         return [Config((("BF", 16),), 4, 1)]
     return walk_configs(constants)
 
@@ -117,11 +120,12 @@ def state_configs(constants: Mapping[str, Any]) -> list[Config]:
 def step_configs(constants: Mapping[str, Any]) -> list[Config]:
     """Where programs are many: four warps, of which each has 16 rows of a step to itself; for few hidden units eight,
     where four are given too few registers; for wide heads either, of which some memories spill with eight on Ampere,
-    as others do with four elsewhere."""
+    as others do with four elsewhere; but of three matrices four."""
     if found := large(constants):
         return found
     few = constants["F"] <= 64 and constants["C"] >= 32
-    return [Config((("BF", 16),), warps, 1) for warps in ((8, 4) if constants["D"] > 64 else (8,) if few else (4,))]
+    wide = (4,) if constants["LAYERS"] == 3 else (8, 4)
+    return [Config((("BF", 16),), warps, 1) for warps in (wide if constants["D"] > 64 else (8,) if few else (4,))]
 
 
 def pairs_of(constants: Mapping[str, Any]) -> Pairs:

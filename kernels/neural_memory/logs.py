@@ -10,9 +10,7 @@ zeros for all chunks but that in which such a state lies. With O = F(U) − U
 
 where D + O is the memory as it is read where a step begins: sums of D and O alone would cancel in half precision.
 
-An operand that is computed from loads alone Triton 3.7 computes where matrix instructions of steps of 32 want it, once
-more for every warp: ``zero``, a 0 that is no load, keeps an exponential where its tile lies, and spares wide heads some
-80 registers.
+``zero`` keeps an exponential where its tile lies, as ``tiles.shared`` says.
 
 Matrices are [IN, OUT], row by row in memory, and gone through in blocks [ROWS, COLS]. ``cols``: a block's columns, of
 the shape by which they broadcast.
@@ -22,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .retentions import block_of
+from .tiles import shared
 
 
 @triton.jit
@@ -64,18 +63,18 @@ def clear_shifts(settled, segment, LAYERS: tl.constexpr, PAIR: tl.constexpr, D: 
 
 
 @triton.jit
-def weights_at(anchor, shift, cols, zero):
-    """A block of the weights at the anchor; ``shift`` None: the anchor itself."""
+def weights_at(anchor, shift, cols, zero, SHARED: tl.constexpr = False):
+    """A block of the weights at the anchor; ``shift`` None: the anchor itself. SHARED: see :func:`shared`."""
     if shift is None:
-        return tl.load(anchor)
+        return shared(tl.load(anchor), zero, SHARED)
     else:
         return tl.exp(tl.load(anchor) - (tl.load(shift + cols) + zero))
 
 
 @triton.jit
-def running(dual, anchor, at, shift, cols, zero):
+def running(dual, anchor, at, shift, cols, zero, SHARED: tl.constexpr = False):
     """Of a block of D where a step begins: W there, and O; without a shift D is W, and stands for both."""
-    weight = tl.load(dual)
+    weight = shared(tl.load(dual), zero, SHARED)
     offset = weight
     if shift is not None:
         start = tl.load(anchor + at)

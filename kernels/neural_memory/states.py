@@ -86,13 +86,14 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale, thresho
 
 
 @triton.jit
-def anchor_block(anchor, shifts, f, d, at1, at2, zero, DT: tl.constexpr, LAYERS: tl.constexpr):
+def anchor_block(anchor, shifts, f, d, at1, at2, zero, DT: tl.constexpr, LAYERS: tl.constexpr,
+                 SHARED: tl.constexpr = False):  # fmt: skip
     """A block of hidden units f of W1 [D, BF], W2 [BF, D] and W3 [D, BF] at the anchor."""
-    first = weights_at(anchor[0] + at1, shifts[0], f[None, :], zero).to(DT)
-    last = weights_at(anchor[1] + at2, shifts[1], d[None, :], zero).to(DT)
+    first = weights_at(anchor[0] + at1, shifts[0], f[None, :], zero, SHARED).to(DT)
+    last = weights_at(anchor[1] + at2, shifts[1], d[None, :], zero, SHARED).to(DT)
     above = first
     if LAYERS == 3:
-        above = weights_at(anchor[2] + at1, shifts[2], f[None, :], zero).to(DT)
+        above = weights_at(anchor[2] + at1, shifts[2], f[None, :], zero, SHARED).to(DT)
     return first, last, above
 
 

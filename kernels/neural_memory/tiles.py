@@ -45,6 +45,14 @@ def product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def shared(x, zero, SHARED: tl.constexpr):
+    """A loaded operand, which SHARED keeps where its tile lies until it is rounded. Triton 3.7 moves what is computed
+    from loads alone to where matrix instructions want it (for steps of 32 each warp's registers), so that every warp
+    holds all of it in float32; a 0 that is no load prevents that, and wide heads need some 80 registers less."""
+    return x + zero if SHARED else x
+
+
+@triton.jit
 def token_rows(ptr, tok, valid, cols):
     """[C, len(cols)] of a token tensor; zero in slots without a token."""
     return tl.load(ptr + tok[:, None] + cols[None, :], mask=valid[:, None], other=0.0)

@@ -177,7 +177,7 @@ def test_other_choices_equal_the_reference(row: Row) -> None:
 
 def test_chunks_of_wide_heads_are_taken_in_steps() -> None:
     """Of 32 tokens with heads of 128: a chunk of 64 is two of them with one anchor."""
-    spec = MemorySpec(expansion=1, chunk_size=64)
+    spec = MemorySpec("gated_mlp", expansion=1, chunk_size=64)
     assert step_length(spec, 128) == 32
     check_equals_reference(case_of(spec, width=128), "triton", torch.float32, 70, packed=True, warm=True)
 
