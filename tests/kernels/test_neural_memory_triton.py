@@ -225,16 +225,16 @@ def test_decoding_of_other_choices_equals_the_reference(row: Row) -> None:
 
 
 def check_decoding(spec: MemorySpec, heads: int) -> None:
-    """Four tokens, one at a time, of which the second ends a chunk."""
+    """Four tokens, one at a time, of which the second ends a chunk, or what muon orthogonalises at once."""
     case = case_of(spec, heads)
-    length = spec.chunk_size + 2
+    length = spec.step_size + 2
     arguments = case.arguments(0, torch.float32, 2, length)
     wide = to_dtype(arguments, torch.float64)
     with torch.no_grad():
-        split = slice(0, spec.chunk_size - 2)
+        split = slice(0, spec.step_size - 2)
         _, state = case.run(cut(case, arguments, split), "triton")
         _, wanted_state = case.run(cut(case, wide, split), "reference")
-        for t in range(spec.chunk_size - 2, length):
+        for t in range(spec.step_size - 2, length):
             with planning() as plan:
                 case.run(cut(case, arguments, slice(t, t + 1)), "triton", state=state)
             assert [launch.kernel.name for launch in plan] == ["neural_memory_decode"]
