@@ -80,7 +80,7 @@ def test_the_kernels_of_memories_are_told_and_why_there_are_none() -> None:
     assert path(lines) == "plain torch: window 4"
 
 
-@pytest.mark.parametrize("name", ["titans_mac", "memora", "atlas_pp", "tnt", "mom_hybrid", "hcam_titans", "lact"])
+@pytest.mark.parametrize("name", ["titans_mag", "memora", "atlas_pp", "tnt", "mom_hybrid", "hcam_titans", "lact"])
 def test_presets_of_a_real_size_have_kernels(name: str) -> None:
     """All but LaCT, whose few wide heads and long chunks are batched products of plain torch."""
     path = presets.path_of(describe(f"170m/{name}").kernels)
