@@ -13,6 +13,7 @@ was stopped. Results: ``stability.json`` and ``stability.md`` in the folder.
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -202,7 +203,7 @@ def check(args: argparse.Namespace, command: Sequence[str]) -> int:
         for name, variant, run in entries
     ]
     about = record.provenance(torch.device("cpu"), 0.0)
-    about["command"] = " ".join(["python -m palimpsest.eval.stability", *command])
+    about["command"] = shlex.join(["python", "-m", "palimpsest.eval.stability", *command])
     how = (
         f"`{about['command']}`; {about['machine']['cpu']}, Python {about['versions']['python']}, torch "
         f"{about['versions']['torch']}, {about['date'][:10]}."
