@@ -19,9 +19,9 @@ A file (``configs/ablations/``) says what is compared::
     axes: null                     # what the numbers in the names of test groups are, like [dancers, pause]
 
 Every run has a folder named by its config's hash, under ``runs/ablations/<name>``: the same command again goes on where
-it was stopped, and skips what is done. A run that fails is started once more, and then named. Settings are chosen on
-validation; what is reported is the test. Results: ``results.json``, ``runs.csv``, ``table.md``, figures, and
-``report.html``, which holds it all.
+it was stopped, and skips what is done. ``--done results.json`` counts runs of another machine or day as done. A run
+that fails is started once more, and then named. Settings are chosen on validation; what is reported is the test.
+Results: ``results.json``, ``runs.csv``, ``table.md``, figures, and ``report.html``, which holds it all.
 """
 
 import argparse
@@ -187,15 +187,64 @@ def matches(runs: Sequence[Planned]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def results(runs: Sequence[Planned], stream: int | None = None) -> Iterator[dict[str, Any]]:
-    """A row for every run that is done."""
+def _key(arm: str, settings: Mapping[str, Any], seed: int) -> str:
+    return json.dumps([arm, dict(settings), seed], sort_keys=True)
+
+
+class Rows(dict[str, dict[str, Any]]):
+    """Results of runs that were done elsewhere."""
+
+    def of(self, run: Planned) -> dict[str, Any] | None:
+        """The row of a run."""
+        return self.get(_key(run.arm, run.settings, run.seed))
+
+
+def made_as(ablation: Ablation, arm: str) -> tuple[Any, ...]:
+    """What decides what a run of an arm trains and how it is tested, but for its settings and seed."""
+    ask = ablation.match_of(arm)
+    target = None if ask is None or not isinstance(ask.to, str) else made_as(ablation, ask.to)
+    own = {key: value for key, value in ablation.arms[arm].items() if key not in OWN}
+    base = ablation.arms[arm].get("base", ablation.base)
+    return base, ablation.set, own, None if ask is None else ask.model_dump(exclude={"to"}), target, ablation.stream
+
+
+def done_elsewhere(paths: Sequence[Path], ablation: Ablation, runs: Sequence[Planned]) -> Rows:
+    """Rows of other results.json for runs planned here, by (arm, settings, seed); of two for one run the first.
+
+    A row counts when its arm was made as here (base, set, its keys, match, stream), whatever else its ablation held.
+
+    Raises:
+        ConfigError: for a file that is no ablation's results, or one without any run that is planned here.
+    """
+    wanted, found = {_key(run.arm, run.settings, run.seed) for run in runs}, Rows()
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            other, rows = validate(Ablation, content["ablation"]), content["runs"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--done was {path}; it must be an ablation's results.json: {error}") from None
+        alike = {arm for arm in ablation.arms if arm in other.arms and made_as(other, arm) == made_as(ablation, arm)}
+        given = {_key(row["arm"], row["settings"], row["seed"]): row for row in rows if row["arm"] in alike}
+        some = {key: row for key, row in given.items() if key in wanted}
+        if not some:
+            raise ConfigError(f"--done was {path}; none of its {len(rows)} runs is one of the {len(runs)} planned here")
+        print(f"{path}: {len(some)} of the {len(runs)} runs are done")
+        found = Rows({**some, **found})
+    return found
+
+
+def results(runs: Sequence[Planned], stream: int | None = None, done: Rows | None = None) -> Iterator[dict[str, Any]]:
+    """A row for every run that is done, here or elsewhere."""
     for run in runs:
         path = record.result_of(run.folder, stream)
-        if path.exists():
-            done = json.loads(path.read_text(encoding="utf-8"))
+        other = None if done is None else done.of(run)
+        if other is not None:
+            yield other
+        elif path.exists():
+            own = json.loads(path.read_text(encoding="utf-8"))
             matched = {} if run.match is None else {"match": run.match.plain()}
             about = {"arm": run.arm, "settings": run.settings, "seed": run.seed, "folder": run.folder.name}
-            yield {**about, **matched, **done}
+            yield {**about, **matched, **own}
 
 
 def job(run: Planned, stream: int | None) -> Job:
@@ -218,11 +267,13 @@ def gpus(runs: Sequence[Planned]) -> list[str]:
     return visible[:number] or [str(i) for i in range(number)]
 
 
-def report(ablation: Ablation, runs: Sequence[Planned], out: Path, command: Sequence[str]) -> str | None:
+def report(
+    ablation: Ablation, runs: Sequence[Planned], out: Path, command: Sequence[str], done: Rows | None = None
+) -> str | None:
     """Write what is done so far; its table, None when nothing is."""
     from . import ablation_report  # with what only figures need: a run's process would load it in vain
 
-    rows = list(results(runs, ablation.stream))
+    rows = list(results(runs, ablation.stream, done))
     if not rows:
         return None
     summary = ablation_report.summarise(rows, ablation.select, ablation.select in LARGEST, ablation.baseline)
@@ -238,6 +289,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", metavar="key=value", help="like seeds=[0] set.train.steps=100")
     made.add_argument("--out", type=Path, help="default: runs/ablations/<name>")
     made.add_argument("--jobs", type=int, help="runs at a time (default: the GPUs, or without any the cores)")
+    made.add_argument("--done", type=Path, action="append", default=[], help="a results.json whose runs count as done")
     made.add_argument("--report", action="store_true", help="train nothing: report what is done")
     made.add_argument("--plan", action="store_true", help="train nothing: say what there is to do, and every match")
     made.add_argument("--one", type=Path, help=argparse.SUPPRESS)
@@ -253,19 +305,21 @@ def _compare(args: argparse.Namespace, command: Sequence[str]) -> int:
     out = args.out or Path("runs", "ablations", ablation.name)
     runs = plan(ablation, out)
     print("".join(f"{line}\n" for line in matches(runs)), end="", flush=True)
+    done = done_elsewhere(args.done, ablation, runs)
+    here = [run for run in runs if done.of(run) is None]
     if args.plan:
-        missing = [run for run in runs if not record.result_of(run.folder, ablation.stream).exists()]
+        missing = [run for run in here if not record.result_of(run.folder, ablation.stream).exists()]
         print("".join(f"{run.folder}: {run.label}\n" for run in missing) + f"{len(missing)} of {len(runs)} runs to do")
         return 0
     failed: list[str] = []
     if not args.report:
-        devices = gpus(runs)
+        devices = gpus(here)
         at_once = args.jobs or len(devices) or record.cores()
         try:
-            failed = sweep([job(run, ablation.stream) for run in runs], at_once, devices=devices)
+            failed = sweep([job(run, ablation.stream) for run in here], at_once, devices=devices)
         except KeyboardInterrupt:
             return 130
-    table = report(ablation, runs, out, command)
+    table = report(ablation, runs, out, command, done)
     if table is not None:
         print(table)
     for label in failed:

@@ -97,8 +97,6 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     ablation, summary, runs = content["ablation"], content["summary"], content["runs"]
     counts = sorted({entry["n"] for entry in summary})
     seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    where, versions = runs[0]["machine"], runs[0]["versions"]
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
     seconds = sum(row["seconds"] for row in runs)
     tested = "the test examples" if runs[0]["test"] else "the same held-out text, for there is no other"
     said = [
@@ -116,10 +114,7 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         said.append(
             f"p: two-sided paired t-test of {compared(summary[0])} against {ablation['baseline']!r}, paired by seed."
         )
-    said.append(
-        f"{len(runs)} runs, {seconds / 60:.0f} minutes of one process on {where['cpu']} "
-        f"({where['device']}), {runs[0]['date'][:10]}, {told}."
-    )
+    said.append(f"{len(runs)} runs, {seconds / 60:.0f} minutes of one process on {record.places(runs)}.")
     return said
 
 

@@ -88,13 +88,11 @@ def scores(results: Results, wanted: str) -> dict[str, str]:
 def told(results: Mapping[str, Any]) -> str:
     """What an ablation was, and where it ran."""
     ablation, runs = results["ablation"], results["runs"]
-    where, versions = runs[0]["machine"], runs[0]["versions"]
     command = results.get("command") or f"python -m palimpsest.eval.ablate ablations/{ablation['name']}"
     minutes = sum(run["seconds"] for run in runs) / 60
     return (
         f"`{command}`: {' '.join(ablation['about'].split())} {len(runs)} runs, seeds "
-        f"{', '.join(map(str, ablation['seeds']))}, {minutes:.0f} minutes of one process; {where['cpu']}, "
-        f"Python {versions['python']}, torch {versions['torch']}, {runs[0]['date'][:10]}."
+        f"{', '.join(map(str, ablation['seeds']))}, {minutes:.0f} minutes of one process on {record.places(runs)}."
     )
 
 

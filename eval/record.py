@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def provenance(device: torch.device, seconds: float) -> dict[str, Any]:
         "machine": machine(device),
         "versions": versions(),
     }
+
+
+def places(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where and when the runs of these rows (with a :func:`provenance` each) were made, all that differ."""
+    machines = dict.fromkeys(f"{row['machine']['cpu']} ({row['machine']['device']})" for row in rows)
+    versions = dict.fromkeys(", ".join(f"{name} {one}" for name, one in row["versions"].items()) for row in rows)
+    days = sorted({row["date"][:10] for row in rows})
+    return f"{' and '.join(machines)}, {', '.join(days)}, {'; '.join(versions)}"
 
 
 def result_of(folder: Path, stream: int | None) -> Path:

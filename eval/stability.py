@@ -61,8 +61,8 @@ def deeper(key: str, memory: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 
 def length_of(variant: Any, least: int) -> int:
-    """Tokens of a sequence: two chunks of the longest at least, so that one is read that another wrote."""
-    return max([least, *(2 * memory["chunk_size"] for key, memory in memories(variant) if key != "local")])
+    """Tokens of a sequence: a chunk and a half of the longest at least, so that one is read that another wrote."""
+    return max([least, *(3 * memory["chunk_size"] // 2 for key, memory in memories(variant) if key != "local")])
 
 
 def changed(mixer: Any, change: Callable[[str, Mapping[str, Any], int], dict[str, Any]], to: int) -> dict[str, Any]:
@@ -165,9 +165,9 @@ def page(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, how: str) 
     return "\n\n".join(
         [
             f"{good} of {runs} runs trained {args.steps} updates of {args.batch} × {args.length} bytes of Python "
-            f"source (of twice a chunk where that is more), every loss and every gradient finite. Held-out loss in "
-            f"nats a byte; in brackets the largest norm of the gradient, before it is clipped, of the updates that were"
-            f" logged. Seed 0.",
+            f"source (of a chunk and a half where that is more), every loss and every gradient finite. Held-out loss "
+            f"in nats a byte; in brackets the largest norm of the gradient, before it is clipped, of the updates that "
+            f"were logged. Seed 0.",
             table(["preset", *titles], cells),
             how,
         ]
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS), help="numbers of layers of mlp memories")
     made.add_argument("--steps", type=int, default=1000, help="updates of a run")
     made.add_argument("--batch", type=int, default=1, help="sequences an update")
-    made.add_argument("--length", type=int, default=256, help="tokens of a sequence, if two chunks are no more")
+    made.add_argument("--length", type=int, default=256, help="tokens of a sequence, if a chunk and a half are no more")
     made.add_argument("--jobs", type=int, default=record.cores(), help="runs at a time")
     made.add_argument("--set", action="append", default=[], metavar="key=value", help="for all runs: data.source=text")
     made.add_argument("--report", action="store_true", help="train nothing: report what is done")

@@ -331,3 +331,44 @@ def test_all_scores_of_a_task_are_kept(folder: Path, monkeypatch: pytest.MonkeyP
     done.status = "stopped"
     with pytest.raises(KeyboardInterrupt):
         ablation_run.measure(run.config)
+
+
+def test_runs_of_another_machine_count_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A row counts for the run whose arm was made alike, whatever else the other ablation held; never for another."""
+    monkeypatch.chdir(tmp_path)
+    data = {"source": "text", "path": "words.txt"}
+    content = {**FILE, "set": {**FILE["set"], "data": data}, "select": "validation_loss"}
+    Path("words.txt").write_text("a few words\n")
+    Path("both.yaml").write_text(yaml.safe_dump(content))
+    row = {
+        "settings": {"train.lr": 2.0e-2},
+        "folder": "f" * 12,
+        "parameters": 10,
+        "flops_per_token": 20.0,
+        "state_bytes": 30,
+        "validation_loss": 2.5,
+        "test": {},
+        "seconds": 60.0,
+        "date": "2026-11-22T00:00:00+00:00",
+        "machine": {"cpu": "Another", "device": "cpu"},
+        "versions": {"python": "3.11"},
+    }
+    wide = {key: content[key] for key in ("name", "set", "select")} | {"arms": {"wide": {}}, "seeds": [0]}
+    Path("a.json").write_text(json.dumps({"ablation": wide, "runs": [{**row, "arm": "wide", "seed": 0}]}))
+    told = ["both.yaml", "--done", "a.json"]
+    assert ablate.main([*told, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "a.json: 1 of the 4 runs are done" in said and "3 of 4 runs to do" in said
+    assert "wide, train.lr 0.02, seed 0" not in said and "wide, train.lr 0.02, seed 1" in said
+    assert ablate.main([*told, "--report", "baseline=null"]) == 0
+    assert "1 runs, 1 minutes of one process on Another (cpu), 2026-11-22, python 3.11." in capsys.readouterr().out
+    kept = json.loads(Path("runs/ablations/echoes/results.json").read_text())
+    assert [(r["arm"], r["seed"], r["validation_loss"]) for r in kept["runs"]] == [("wide", 0, 2.5)]
+    for changes in ({"set": {**wide["set"], "seed": 1}}, {"arms": {"wide": {"model.dim": 8}}}, {"seeds": [0]}):
+        rows = [{**row, "arm": "wide", "seed": 7 if "seeds" in changes else 0}]
+        Path("b.json").write_text(json.dumps({"ablation": {**wide, **changes}, "runs": rows}))
+        assert ablate.main(["both.yaml", "--done", "b.json", "--plan"]) == 2
+        assert "none of its 1 runs is one of the 4 planned here" in capsys.readouterr().err
+    Path("b.json").write_text("{}")
+    assert ablate.main(["both.yaml", "--done", "b.json", "--plan"]) == 2
+    assert "--done was b.json; it must be an ablation's results.json" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from palimpsest.models.describe import describe
 FEW = ["transformer", "titans_lmm", "atlas"]
 RUN = {
     "seconds": 90.0,
-    "machine": {"cpu": "A CPU"},
+    "machine": {"cpu": "A CPU", "device": "cpu"},
     "versions": {"python": "3.11", "torch": "2.13"},
     "date": "2026-11-22T10:00:00",
 }
@@ -66,7 +66,8 @@ def test_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
         ]
         assert rows[name][:-1] == wanted
     assert {others[-1] for name, others in rows.items() if name in FEW} == {"Triton"}
-    assert "`python -m palimpsest.eval.ablate ablations/tried`: Some bytes. 2 runs, seeds 0, 1, 3 minutes of" in written
+    told_of = "ablations/tried`: Some bytes. 2 runs, seeds 0, 1, 3 minutes of one process on A CPU (cpu), 2026-11-22, "
+    assert f"`python -m palimpsest.eval.ablate {told_of}python 3.11, torch 2.13." in written
     assert presets.main(["--text", str(mqar), "--rounds", "0"]) == 2
     assert "results of 'tried' have mean; they must have validation_loss" in capsys.readouterr().err
     assert presets.main(["--rounds", "0"]) == 0

@@ -22,7 +22,7 @@ def test_chunks_and_depths_of_every_memory_are_changed_one_at_a_time() -> None:
     assert found["titans_lmm", "chunk 64"].folder == found["titans_lmm", "depth 2"].folder == own.folder
     for name in ("titans_lmm", "memora_hybrid", "tnt"):
         long = found[name, "chunk 256"].config
-        assert long.train.seq_len == 512 and long.plain()["model"]["mixer"][0]["memory"]["chunk_size"] == 256
+        assert long.train.seq_len == 384 and long.plain()["model"]["mixer"][0]["memory"]["chunk_size"] == 256
         four, one = (found[name, f"depth {depth}"].config.plain()["model"]["mixer"][0]["memory"] for depth in (4, 1))
         assert (four["network"], four["depth"]) == ("mlp", 4)
         assert (one["network"], one["depth"], one["norm"], one["residual"]) == ("linear", None, True, True)
