@@ -101,6 +101,8 @@ def planned(args: argparse.Namespace) -> list[tuple[str, str, Planned]]:
         base = f"{args.size}/{name}"
         own = read_config(base).plain()["model"]["mixer"]
         for variant, changes in variants(own, args.chunks, args.depths).items():
+            if args.changed and not changes:
+                continue
             length = length_of(changes.get("model.mixer", own), args.length)
             told.append((name, variant, {"base": base, "train.seq_len": length, **changes}))
     train = {
@@ -156,7 +158,11 @@ def cell(found: Mapping[str, Any] | None) -> str:
 
 def page(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, how: str) -> str:
     """The table in Markdown."""
-    titles = [OWN, *(f"chunk {size}" for size in args.chunks), *(f"depth {depth}" for depth in args.depths)]
+    titles = [
+        *([] if args.changed else [OWN]),
+        *(f"chunk {size}" for size in args.chunks),
+        *(f"depth {depth}" for depth in args.depths),
+    ]
     by = {(row["preset"], row["variant"]): row for row in rows}
     names = list(dict.fromkeys(row["preset"] for row in rows))
     cells = [[name, *(cell(by.get((name, title))) for title in titles)] for name in names]
@@ -184,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--presets", nargs="+", help="some of its presets (default: all)")
     made.add_argument("--chunks", type=int, nargs="*", default=list(CHUNKS), help="chunk sizes")
     made.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS), help="numbers of layers of mlp memories")
+    made.add_argument("--changed", action="store_true", help="leave out the presets as they are")
     made.add_argument("--steps", type=int, default=1000, help="updates of a run")
     made.add_argument("--batch", type=int, default=1, help="sequences an update")
     made.add_argument("--length", type=int, default=256, help="tokens of a sequence, if a chunk and a half are no more")

@@ -31,6 +31,10 @@ def test_chunks_and_depths_of_every_memory_are_changed_one_at_a_time() -> None:
     assert found["tnt", "chunk 64"].config.plain()["model"]["mixer"][0]["local"]["chunk_size"] == 16
     kinds = {name: [variant for other, variant in found if other == name] for name in ("transformer", "lact", "swla")}
     assert kinds["transformer"] == ["as it is"]
+    assert entries("--changed", "--presets", "titans_lmm", "lact", "transformer").keys() == {
+        *(("titans_lmm", variant) for variant in ("chunk 16", "chunk 256", "depth 1", "depth 3", "depth 4")),
+        *(("lact", variant) for variant in ("chunk 16", "chunk 64", "chunk 256")),
+    }
     assert kinds["lact"] == kinds["swla"] == ["as it is", "chunk 16", "chunk 64", "chunk 256"]
 
 
