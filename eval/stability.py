@@ -8,10 +8,12 @@ other depth. Of several memories in a preset all are changed, but for the chunks
 Depth 1 is a linear memory with the other's LayerNorm and residual.
 
 A run whose loss or gradient is once not finite has failed: ``train.max_bad_steps=1``. The same command goes on where it
-was stopped. Results: ``stability.json`` and ``stability.md`` in the folder.
+was stopped; ``--done stability.json`` counts what another machine or day has finished as done. Results:
+``stability.json`` and ``stability.md`` in the folder.
 """
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -145,6 +147,30 @@ def outcome_of(run: Planned) -> dict[str, Any]:
     }
 
 
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """What all runs of a command have alike."""
+    return {key: getattr(args, key) for key in ("size", "steps", "batch", "length", "set")}
+
+
+def done_elsewhere(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows of the runs that ``--done`` says are finished, by (preset, variant).
+
+    Raises:
+        ValueError: for a file that is no stability.json, or whose runs were made under other conditions.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in args.done:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            then, found = content["conditions"], content["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--done was {path}; it must be a stability.json: {error!r}") from None
+        if then != conditions(args):
+            raise ValueError(f"--done was {path}, whose runs were of {then}; they must be of {conditions(args)}")
+        rows |= {(row["preset"], row["variant"]): row for row in found if row["finished"]}
+    return rows
+
+
 def cell(found: Mapping[str, Any] | None) -> str:
     """A variant in the table."""
     if found is None:
@@ -196,17 +222,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--length", type=int, default=256, help="tokens of a sequence, if a chunk and a half are no more")
     made.add_argument("--jobs", type=int, default=record.cores(), help="runs at a time")
     made.add_argument("--set", action="append", default=[], metavar="key=value", help="for all runs: data.source=text")
+    made.add_argument(
+        "--done", type=Path, action="append", default=[], help="a stability.json whose runs count as done"
+    )
     made.add_argument("--report", action="store_true", help="train nothing: report what is done")
     return made
 
 
 def check(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Train what is not done yet, write and print the results; 1 while a run has not come to its end."""
-    entries = planned(args)
-    jobs = {run.folder: job(run, None) for _, _, run in entries}
+    entries, done = planned(args), done_elsewhere(args)
+    jobs = {run.folder: job(run, None) for name, variant, run in entries if (name, variant) not in done}
     failed = [] if args.report else sweep(list(jobs.values()), args.jobs)
     rows = [
-        {"preset": name, "variant": variant, "folder": run.folder.name, **outcome_of(run)}
+        done.get((name, variant)) or {"preset": name, "variant": variant, "folder": run.folder.name, **outcome_of(run)}
         for name, variant, run in entries
     ]
     about = record.provenance(torch.device("cpu"), 0.0)
@@ -216,7 +245,7 @@ def check(args: argparse.Namespace, command: Sequence[str]) -> int:
         f"{about['versions']['torch']}, {about['date'][:10]}."
     )
     content = page(rows, args, how)
-    record.write_json(args.out / "stability.json", {**about, "rows": rows})
+    record.write_json(args.out / "stability.json", {**about, "conditions": conditions(args), "rows": rows})
     record.write_text(args.out / "stability.md", content + "\n")
     print(content)
     for label in failed:

@@ -58,6 +58,15 @@ def test_it_trains_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture, mon
     assert all(row["validation_loss"] > 0 and row["largest_grad_norm"] > 0 for row in written["rows"])
     assert stability.main(told) == 0
     assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    there = tmp_path / "there"
+    told = ["--out", str(there), *told[2:], "--done", str(out / "stability.json")]
+    assert stability.main(told) == 0
+    assert "0 runs, 0 of them done before" in capfd.readouterr().out
+    assert json.loads((there / "stability.json").read_text())["rows"] == written["rows"]
+    assert stability.main([*told, "--steps", "3"]) == 2
+    assert "whose runs were of {'size': 'tiny', 'steps': 2," in capfd.readouterr().err
+    assert stability.main([*told[:-1], "words.txt", "--report"]) == 2
+    assert "--done was words.txt; it must be a stability.json" in capfd.readouterr().err
 
 
 def test_a_run_that_is_not_finite_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
