@@ -20,12 +20,14 @@ from ..models.config import (
     validate,
 )
 from .data_config import DataConfig
+from .optim_config import OptimizerKeys
+from .optim_config import check as check_optimizer
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 
-class TrainConfig(Strict):
+class TrainConfig(OptimizerKeys):
     """The ``train`` section. Steps are optimizer updates, counted from 1."""
 
     out: str | None = None
@@ -39,11 +41,11 @@ class TrainConfig(Strict):
     """Tokens per sequence."""
     lr: Positive = 1e-3
     min_lr_ratio: Share = 0.1
-    """Where cosine and wsd end, as a share of ``lr``."""
+    """Where cosine, wsd and infinite end, as a share of ``lr``."""
     warmup_steps: Natural = 100
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant", "infinite"] = "cosine"
     decay_fraction: Share = 0.2
-    """The share of the steps over which wsd decays."""
+    """The share of the steps over which wsd decays, and infinite anneals."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -95,6 +97,7 @@ class TrainConfig(Strict):
             raise ValueError(f"train.betas was {list(self.betas)}; both must be less than 1")
         if self.fsdp_shard is not None and self.parallel != "fsdp":
             raise ValueError(f"train.fsdp_shard was {self.fsdp_shard}; it must be null unless train.parallel is fsdp")
+        check_optimizer(self)
         return self
 
     def micro_batches(self, processes: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models import MemoryLM, ModelConfig, build
 from ..models.config import load_yaml
-from . import optim, parallel
+from . import optim, parallel, sltrain
 from .checkpoint import Checkpointer, ConfigMismatch, differences
 from .config import FREE, ConfigError, RunConfig, read_config
 from .data import Corpus, prepare
@@ -163,15 +163,15 @@ def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.o
         start_from(core, settings.init, quiet=not world.first)
     if settings.freeze_backbone:
         freeze_backbone(core)
+    if settings.sltrain is not None:
+        sltrain.apply(core, optim.hidden_matrices(core), settings.sltrain, config.seed)
     if settings.activation_checkpointing:
         parallel.checkpoint_blocks(core.blocks)
     if settings.compile:
         for block in core.blocks:
             block.compile()
     model = parallel.distribute(core, core.blocks, settings.parallel, world, settings.fsdp_shard)
-    optimizer = optim.adamw(
-        model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
+    optimizer = optim.make(model, settings, config.seed)
     return core, model, optimizer
 
 

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from typing_extensions import Self
 
 from ..models import MemoryLM, Output, build
-from . import launch, optim, parallel
+from . import launch, optim, parallel, sltrain
 from .board import GROUP, sample
 from .checkpoint import Checkpointer, step_of
 from .config import RunConfig
@@ -37,6 +37,7 @@ from .data import Corpus
 from .examples import ExampleSplit, TaskCorpus, answered
 from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory, read_metrics
 from .parallel import World
+from .schedules import rate_of
 from .split import IGNORE, Batch, Split, derive
 
 logger = logging.getLogger("palimpsest.train")
@@ -209,15 +210,7 @@ class Run:
         """One optimizer update from the micro batches; skipped when the loss or a gradient is not finite."""
         settings, step = self.settings, self.step
         torch.manual_seed(derive(self.config.seed, step, self.world.rank) >> 1)
-        rate = optim.learning_rate(
-            step,
-            peak=settings.lr,
-            steps=settings.steps,
-            warmup_steps=settings.warmup_steps,
-            schedule=settings.schedule,
-            min_ratio=settings.min_lr_ratio,
-            decay_fraction=settings.decay_fraction,
-        )
+        rate = rate_of(settings, step)
         self.optimizer.zero_grad()
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
@@ -338,7 +331,7 @@ class Run:
         if self.world.first:
             with torch.device("meta"):
                 whole = build(self.config.plain())
-            whole.load_state_dict(weights, assign=True)
+            whole.load_state_dict(sltrain.dense(self.core, weights), assign=True)
             whole.save(self.folder, self.config.plain())
         parallel.broadcast(None)
 

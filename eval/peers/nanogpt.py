@@ -34,7 +34,8 @@ from ...models import build
 from ...train.config import RunConfig, read_config
 from ...train.data import prepare
 from ...train.launch import keep_freed_memory
-from ...train.optim import adamw, learning_rate, set_learning_rate
+from ...train.optim import adamw, set_learning_rate
+from ...train.schedules import learning_rate
 from .. import record, report
 from ..harness import reported
 from ..match import match

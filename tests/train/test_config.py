@@ -45,23 +45,42 @@ BAD = [
     ({"train__steps": "many"}, "train.steps was 'many'; it must be a valid integer"),
     ({"train__steps": True}, "steps was True; it must be a number"),
     ({"train__lr": -1.0}, "train.lr was -1.0; it must be greater than 0"),
-    ({"train__schedule": "cosin"}, "train.schedule was 'cosin'; it must be 'cosine', 'wsd' or 'constant'"),
+    ({"train__schedule": "cosin"}, "train.schedule was 'cosin'; it must be 'cosine', 'wsd', 'constant' or 'infinite'"),
     ({"train__precision": "fp16"}, "train.precision was 'fp16'; it must be 'fp32' or 'bf16'"),
     ({"train__parallel": "tp"}, "train.parallel was 'tp'; it must be 'none', 'ddp' or 'fsdp'"),
     ({"train__betas": [0.9, 1.0]}, r"train.betas was \[0.9, 1.0\]; both must be less than 1"),
     ({"train__steps": 5, "train__warmup_steps": 6}, "train.warmup_steps was 6; it must be at most train.steps = 5"),
     ({"train__micro_batch_size": 3}, "train.micro_batch_size was 3; it must divide train.batch_size = 16"),
     ({"train__fsdp_shard": 2}, "train.fsdp_shard was 2; it must be null unless train.parallel is fsdp"),
+    ({"train__optimizer": "adam"}, "train.optimizer was 'adam'; it must be 'adamw', 'muon', .* or 'spam'"),
+    ({"train__galore": {"rank": 4}}, "train.galore was .*; it must be null unless train.optimizer is galore"),
+    ({"train__optimizer": "muon", "train__spam": {}}, "train.spam was .*; it must be null unless train.optimizer is spam"),
+    ({"train__optimizer": "muon", "train__muon": {"mometum": 0.9}}, "train.muon.mometum: unknown key .* 'momentum'"),
+    ({"train__optimizer": "fira", "train__fira": {"growth": 0.5}}, "train.fira.growth was 0.5; it must be greater than"),
+    ({"train__optimizer": "frugal", "train__frugal": {"density": 0}}, "train.frugal.density was 0; it must be greater"),
+    ({"train__optimizer": "spam", "train__spam": {"warmup_steps": 501}}, "warmup_steps was 501; .* reset_every = 500"),
+    ({"train__optimizer": "galore", "train__parallel": "fsdp"}, "train.optimizer was 'galore' with train.parallel 'fsdp'"),
+    ({"train__optimizer": "muon", "train__sltrain": {}}, "train.optimizer was 'muon'; it must be adamw or spam with"),
+    ({"train__init": "runs/a", "train__sltrain": {}}, "train.sltrain was given with train.init 'runs/a'"),
+    ({"train__sltrain": {"density": 1.0}}, "train.sltrain.density was 1.0; it must be less than 1"),
+    ({"train__groups": [{"match": ""}]}, "train.groups.0.match was ''; String should have at least 1 character"),
+    ({"train__groups": [{"match": "*", "lr": 1}]}, "train.groups.0.lr: unknown key 'lr' in train.groups.0"),
     ({"data__source": "text"}, "data.path was None"),
     ({"name": ""}, "name was ''"),
     ({"seed": -1}, "seed was -1; it must be greater than or equal to 0"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[" ".join(case[0]) for case in BAD])
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[f"{number} {' '.join(case[0])}" for number, case in enumerate(BAD)])
 def test_bad_values_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         read(**overrides)
+
+
+def test_the_record_has_the_options_of_the_chosen_optimizer():
+    config = read(train__optimizer="galore")
+    assert config.plain()["train"]["galore"] == {"rank": 128, "refresh_every": 200, "scale": 0.25}
+    assert config.train.muon is None and read_config(yaml.safe_load(config.to_yaml())) == config
 
 
 def test_a_missing_model_is_named():

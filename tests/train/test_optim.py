@@ -1,4 +1,4 @@
-"""Decay groups by name, schedules by value, and the gradient's norm."""
+"""Decay groups and rules by name, which matrices a method takes, and the gradient's norm."""
 
 import math
 
@@ -89,40 +89,6 @@ def test_frozen_parameters_are_left_out():
     model.bias.requires_grad_(False)
     assert [set(group) for group in optim.decay_groups(model)] == [{"weight"}, set()]
     assert len(optim.adamw(model, lr=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0).param_groups) == 1
-
-
-def rate(step, **changes):
-    options = {"peak": 2.0, "steps": 100, "warmup_steps": 10, "schedule": "cosine", "min_ratio": 0.1}
-    return optim.learning_rate(step, **(options | changes))
-
-
-@pytest.mark.parametrize("schedule", optim.SCHEDULES)
-def test_warm_up_is_linear_and_ends_at_the_peak(schedule):
-    assert [rate(step, schedule=schedule) for step in (1, 5, 10)] == pytest.approx([0.2, 1.0, 2.0])
-    assert rate(1, schedule=schedule, warmup_steps=0) == pytest.approx(2.0, rel=1e-3)
-
-
-def test_cosine_falls_to_its_floor_at_the_last_update():
-    assert rate(55) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))  # half-way
-    assert rate(100) == pytest.approx(0.2)
-    assert rate(32.5) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
-    falling = [rate(step) for step in range(10, 101)]
-    assert falling == sorted(falling, reverse=True)
-
-
-def test_wsd_is_flat_then_linear():
-    wsd = {"schedule": "wsd", "decay_fraction": 0.2}
-    assert {rate(step, **wsd) for step in range(10, 81)} == {2.0}
-    assert [rate(step, **wsd) for step in (90, 100)] == pytest.approx([2.0 * 0.55, 0.2])
-
-
-def test_constant_is_constant():
-    assert {rate(step, schedule="constant") for step in range(10, 101)} == {2.0}
-
-
-def test_an_unknown_schedule_is_an_error():
-    with pytest.raises(ValueError, match=r"schedule was 'cosin'; it must be one of \['cosine', 'wsd', 'constant'\]"):
-        rate(1, schedule="cosin")
 
 
 def with_gradients(*values):
