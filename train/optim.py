@@ -1,4 +1,4 @@
-"""The optimizer of a run: which parameters it decays and groups, which matrices a method takes, and the gradient's norm.
+"""The optimizer of a run: what decays, groups by rule, which matrices a method takes; and the gradient's norm.
 
 Weight decay pulls a weight towards zero. That is wanted of a matrix that multiplies activations, and of nothing else:
 the ``weight`` of ``nn.Linear`` and ``nn.Embedding`` decays (a tied embedding is the head's matrix); norms' scales,
@@ -138,10 +138,10 @@ def make(model: nn.Module, settings: "TrainConfig", seed: int = 0) -> torch.opti
         ConfigError: for a rule that matches nothing, or a method that finds no matrix it could take.
     """
     chosen = settings.optimizer
-    common = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     apart = _taken(model, settings) if chosen in DENSE else {}
-    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "rules": settings.groups, "apart": apart}
-    own, rest = parameter_groups(model, **options)
+    decay = settings.weight_decay
+    own, rest = parameter_groups(model, lr=settings.lr, weight_decay=decay, rules=settings.groups, apart=apart)
     if settings.spam is not None:
         return Spam(rest, **common, **settings.spam.model_dump())
     others = torch.optim.AdamW(rest, **common, fused=True) if rest else None
@@ -166,7 +166,9 @@ def _taken(model: nn.Module, settings: "TrainConfig") -> dict[str, nn.Parameter]
     if not fitting:
         most = max(min(p.shape) for p in found.values())
         key = f"train.{settings.optimizer}.rank"
-        raise ConfigError(f"{key} was {told.rank}; it must be less than the shorter side of some matrix, at most {most - 1}")
+        raise ConfigError(
+            f"{key} was {told.rank}; it must be less than the shorter side of some matrix, at most {most - 1}"
+        )
     return fitting
 
 

@@ -1,4 +1,4 @@
-"""The keys of the ``train`` section that choose an optimizer, its options, parameter groups and the schedule's shape."""
+"""The keys of the ``train`` section about the optimizer: which one, its options, groups, the schedule's shape."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -174,12 +174,12 @@ def _check_schedule(settings: "TrainConfig") -> None:
         return
     if not 0 < settings.min_lr_ratio <= settings.constant_lr_ratio:
         raise ValueError(
-            f"train.min_lr_ratio was {settings.min_lr_ratio}; with train.schedule infinite it must be more than 0 and at "
-            f"most train.constant_lr_ratio = {settings.constant_lr_ratio}"
+            f"train.min_lr_ratio was {settings.min_lr_ratio}; with train.schedule infinite it must be more than 0 and "
+            f"at most train.constant_lr_ratio = {settings.constant_lr_ratio}"
         )
     anneal = round(settings.decay_fraction * settings.steps)
     if settings.warmup_steps + settings.cooldown_steps + anneal > settings.steps:
         raise ValueError(
-            f"train.cooldown_steps was {settings.cooldown_steps}; with train.warmup_steps = {settings.warmup_steps} and "
-            f"the {anneal} updates of train.decay_fraction it must be at most train.steps = {settings.steps} in all"
+            f"train.cooldown_steps was {settings.cooldown_steps}; with train.warmup_steps = {settings.warmup_steps} "
+            f"and the {anneal} updates of train.decay_fraction it must be at most train.steps = {settings.steps} in all"
         )

@@ -27,9 +27,9 @@ def learning_rate(
     ``cosine``: peak · (r + (1 − r)(1 + cos π x)/2), x from 0 to 1 at the last update;
     ``wsd`` (warm-up, stable, decay): peak until the last ``decay_fraction`` of the updates, then linear to r · peak;
     ``constant``: peak;
-    ``infinite``: half a cosine over ``cooldown_steps`` from peak to c · peak, c = ``constant_ratio``; constant; and over
-    the last ``decay_fraction`` of the updates (0: not at all) exponential from there, c · (r/c)^x · peak. Until that
-    anneal begins no rate depends on ``steps``, so that a run can be prolonged from there (Ibrahim et al., 2024,
+    ``infinite``: half a cosine over ``cooldown_steps`` from peak to c · peak, c = ``constant_ratio``; constant; and
+    over the last ``decay_fraction`` of the updates (0: not at all) exponential from there, c · (r/c)^x · peak. Until
+    that anneal begins no rate depends on ``steps``, so that a run can be prolonged from there (Ibrahim et al., 2024,
     arXiv 2403.08763; Singh et al., 2025, arXiv 2503.02844).
 
     Raises:

@@ -1,8 +1,8 @@
 """SLTrain: weights trained as low rank plus sparse (Han et al., 2024, arXiv 2406.02214), put onto a model from outside.
 
-W = α/r · B A + S for W [m, n], B [m, r], A [r, n], S with round(δ m n) entries at places that are drawn once. Only B, A and
-the entries are parameters, and so only they have gradients kept and optimizer state. W itself is formed, in float32 and for as
-long as a forward and backward need it, each time that it is read.
+W = α/r · B A + S for W [m, n], B [m, r], A [r, n], S with round(δ m n) entries at places that are drawn once. Only B, A
+and the entries are parameters, and so only they have gradients that stay, and optimizer state. W itself is formed each
+time that it is read, in float32, and lives as long as a forward and its backward need it.
 """
 
 import logging
@@ -98,11 +98,13 @@ def apply(model: nn.Module, matrices: Mapping[str, Any], settings: SLTrainConfig
             f"rank (m + n) + density m n to be less than m n of one of the {len(matrices)} hidden matrices"
         )
     left = len(matrices) - replaced
-    line = "sltrain: %d matrices as low rank plus sparse, %d numbers instead of %d; %d too small for that stay as they are"
+    line = (
+        "sltrain: %d matrices as low rank plus sparse, %d numbers instead of %d; %d too small for that stay as they are"
+    )
     logger.info(line, replaced, after, before, left)
 
 
-def dense(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def dense(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Whole weights by name (of a model with or without SLTrain) as those of the ordinary model: W for B, A and S."""
     merged = dict(weights)
     for path, module in model.named_modules():

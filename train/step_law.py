@@ -1,9 +1,9 @@
-"""Which learning rate and batch size a scaling law suggests for a config: ``python -m palimpsest.train.step_law CONFIG``.
+"""Learning rate and batch size that a scaling law suggests: ``python -m palimpsest.train.step_law CONFIG key=value …``.
 
-The law ("Predictable Scale: Part I", Li et al., 2025, arXiv 2503.04715) was fitted to AdamW's best peak learning rate and batch
-size over some thousand trainings of transformers: η = 1.79 N^−0.713 D^0.307, B = 0.58 D^0.571 tokens; N parameters without
-embedding and head, D tokens read. It says nothing of other architectures or optimizers, and outside of the sizes that it
-was fitted on it is an extrapolation, which the command says.
+The law ("Predictable Scale: Part I", Li et al., 2025, arXiv 2503.04715) was fitted to AdamW's best peak learning rate
+and batch size over some thousand trainings of transformers: η = 1.79 N^−0.713 D^0.307, B = 0.58 D^0.571 tokens; N
+parameters without embedding and head, D tokens read. It says nothing of other architectures or optimizers, and outside
+of the sizes that it was fitted on it is an extrapolation, which the command says.
 """
 
 import argparse

@@ -54,12 +54,21 @@ BAD = [
     ({"train__fsdp_shard": 2}, "train.fsdp_shard was 2; it must be null unless train.parallel is fsdp"),
     ({"train__optimizer": "adam"}, "train.optimizer was 'adam'; it must be 'adamw', 'muon', .* or 'spam'"),
     ({"train__galore": {"rank": 4}}, "train.galore was .*; it must be null unless train.optimizer is galore"),
-    ({"train__optimizer": "muon", "train__spam": {}}, "train.spam was .*; it must be null unless train.optimizer is spam"),
+    (
+        {"train__optimizer": "muon", "train__spam": {}},
+        "train.spam was .*; it must be null unless train.optimizer is spam",
+    ),
     ({"train__optimizer": "muon", "train__muon": {"mometum": 0.9}}, "train.muon.mometum: unknown key .* 'momentum'"),
-    ({"train__optimizer": "fira", "train__fira": {"growth": 0.5}}, "train.fira.growth was 0.5; it must be greater than"),
+    (
+        {"train__optimizer": "fira", "train__fira": {"growth": 0.5}},
+        "train.fira.growth was 0.5; it must be greater than",
+    ),
     ({"train__optimizer": "frugal", "train__frugal": {"density": 0}}, "train.frugal.density was 0; it must be greater"),
     ({"train__optimizer": "spam", "train__spam": {"warmup_steps": 501}}, "warmup_steps was 501; .* reset_every = 500"),
-    ({"train__optimizer": "galore", "train__parallel": "fsdp"}, "train.optimizer was 'galore' with train.parallel 'fsdp'"),
+    (
+        {"train__optimizer": "galore", "train__parallel": "fsdp"},
+        "train.optimizer was 'galore' with train.parallel 'fsdp'",
+    ),
     ({"train__optimizer": "muon", "train__sltrain": {}}, "train.optimizer was 'muon'; it must be adamw or spam with"),
     ({"train__init": "runs/a", "train__sltrain": {}}, "train.sltrain was given with train.init 'runs/a'"),
     ({"train__sltrain": {"density": 1.0}}, "train.sltrain.density was 1.0; it must be less than 1"),
@@ -71,7 +80,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[f"{number} {' '.join(case[0])}" for number, case in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("overrides", "message"), BAD, ids=[f"{number} {' '.join(case[0])}" for number, case in enumerate(BAD)]
+)
 def test_bad_values_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         read(**overrides)

@@ -1,13 +1,19 @@
-"""Runs with every optimizer: stopped and resumed they learn the same bit for bit; several processes learn what one does."""
+"""Runs with optimizers: killed and resumed they learn the same bit for bit; several processes learn what one does."""
 
+import importlib
+import json
 import signal
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from training import learnt
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from training import MODEL, TRAIN, learnt
 
 from palimpsest.models import build, load
+
+measure = importlib.import_module("palimpsest.train.optimizers.__main__")
 
 OPTIONS = {
     "muon": [],
@@ -27,9 +33,6 @@ def words(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(run, corpus, tmp_path_factory):
     """The folder of an undisturbed run of one process, by name, made when first asked for."""
-    import yaml
-    from training import MODEL, TRAIN
-
     folder = tmp_path_factory.mktemp("whole")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({"name": "tiny", "seed": 3, "model": MODEL, "data": corpus, "train": TRAIN}))
@@ -69,13 +72,41 @@ def test_two_processes_learn_what_one_does(run, config, whole, tmp_path, name, a
     result = run(config, *words(name), *arguments, processes=2)
     assert result.codes == [0, 0], result.output
     losses = [[record["loss"] for record in learnt(folder)] for folder in (tmp_path / "run", whole(name))]
-    print([abs(a/b-1) for a,b in zip(*losses)])
     # The same sums in another order: what is not whole in each process would show at the second update.
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
 
 
-def test_sltrain_leaves_an_ordinary_model(whole):
-    """What the run exported is read as any model, and is what its B, A and S make."""
+def test_sltrain_leaves_an_ordinary_model(whole, tmp_path):
+    """What the run exported is read as any model; without B A of its checkpoint it is S, at as many places as S has."""
     folder = whole("sltrain")
     model = load(folder)
-    assert set(dict(model.named_parameters())) == set(load_file(folder / "model.safetensors"))
+    fresh = build({"model": model.config.model_dump()})
+    assert set(load_file(folder / "model.safetensors")) == set(fresh.state_dict())
+    dcp_to_torch_save(folder / "checkpoints" / "step-000006", tmp_path / "whole.pt")
+    saved = torch.load(tmp_path / "whole.pt", weights_only=False)["model"]
+    for name in (name.removesuffix(".B") for name in saved if name.endswith(".B")):
+        rest = model.get_parameter(f"{name}.weight").detach() - 16.0 / 2 * saved[f"{name}.B"] @ saved[f"{name}.A"]
+        sparse = rest.flatten()[rest.flatten().abs() > 1e-6]  # float32: what cancels leaves 1e-7
+        torch.testing.assert_close(sparse, saved[f"{name}.values"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_table(corpus, tmp_path, capsys):
+    """The command that measures: two updates of each, a row with the bytes of each, the best of two learning rates."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"name": "tiny", "model": MODEL, "data": corpus, "train": TRAIN}))
+    options = ["train.galore.rank=4", "train.sltrain={rank: 2, density: 0.1}", "train.batch_size=2", "--updates", "2"]
+    options += ["--lr", "1e-3", "1e-2", "--only", "adamw", "galore", "sltrain"]
+    assert measure.main([str(path), *options, "--json", str(tmp_path / "table.json")]) == 0
+    printed, parameters = capsys.readouterr().out, list(build({"model": MODEL}).parameters())
+    rows = {row["name"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert list(rows) == ["adamw", "galore", "adamw + sltrain"]
+    assert rows["adamw"]["trained_parameters"] == sum(p.numel() for p in parameters)
+    assert rows["adamw"]["state_bytes"] == sum(8 * p.numel() + 4 for p in parameters)
+    assert rows["galore"]["options"] == {"rank": 4, "refresh_every": 200, "scale": 0.25}
+    for name, row in rows.items():
+        assert row["bytes_per_parameter"] == row["state_bytes"] / rows["adamw"]["trained_parameters"]
+        assert [one["lr"] for one in row["tried"]] == [1e-3, 1e-2]
+        assert row["validation_loss"] == min(one["validation_loss"] for one in row["tried"])
+        assert f"| {name} | {row['trained_parameters']:,} | {row['state_bytes']:,} |" in printed
+    assert measure.main([str(path), "train.galore.rank=16", "--only", "galore"]) == 2
+    assert "error: train.galore.rank was 16" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Each method against its paper's update, written out with numpy in float64; then on a model: routes, bytes, resuming."""
+"""Each method against its paper's update, written out in float64; then on a model: routes, bytes, resuming, groups."""
 
 import math
 
@@ -62,7 +62,7 @@ def first_vectors(g, rank):
 
 
 def low_rank(shape, gradients, rank, every, scale, growth=None):
-    """GaLore, and with ``growth`` Fira, in the paper's notation for m ≤ n; a tall matrix is handled as its transpose."""
+    """GaLore, and with ``growth`` Fira, in the paper's notation for m ≤ n; of a tall matrix, the transpose."""
     turn = shape[0] > shape[1]
     w, adam, before, seen = np.ones(shape), Adam(), None, []
     for t, g in enumerate(gradients):
@@ -310,8 +310,8 @@ def newton_schulz(g, steps=5):
 
 
 def test_muon_updates_hidden_matrices_as_published():
-    """Two updates with Nesterov momentum by gradients whose singular values are alike: torch orthogonalises in bfloat16,
-    which then is right to 3 % of the update's RMS."""
+    """Two updates with Nesterov momentum by gradients whose singular values are alike: torch orthogonalises in
+    bfloat16, which then is right to 3 % of the update's RMS."""
     whole, name = model(), "blocks.1.mlp.down.weight"
     optimizer = optim.make(whole, settings("muon"))
     weight = dict(whole.named_parameters())[name]
@@ -371,8 +371,14 @@ def test_a_rule_scales_what_is_learnt(name):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([{"match": "*.gate_s.*"}], r"train.groups.0.match was '\*.gate_s.\*', which matches nothing; it must match a par"),
-        ([*RULES, {"match": "blocks.1.mlp.down*"}], r"train.groups.2.match was .* a name that rule \[1\] before it leaves"),
+        (
+            [{"match": "*.gate_s.*"}],
+            r"train.groups.0.match was '\*.gate_s.\*', which matches nothing; it must match a par",
+        ),
+        (
+            [*RULES, {"match": "blocks.1.mlp.down*"}],
+            r"train.groups.2.match was .* a name that rule \[1\] before it leaves",
+        ),
     ],
 )
 def test_a_rule_that_matches_nothing_is_named(rules, message):

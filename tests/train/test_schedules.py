@@ -1,6 +1,7 @@
 """Schedules by value, at their borders, and as keys of a config."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -39,11 +40,19 @@ def test_constant_is_constant():
 
 
 def test_an_unknown_schedule_is_an_error():
-    with pytest.raises(ValueError, match=r"schedule was 'cosin'; it must be one of \['cosine', 'wsd', 'constant', 'infinite'\]"):
+    with pytest.raises(
+        ValueError, match=r"schedule was 'cosin'; it must be one of \['cosine', 'wsd', 'constant', 'infinite'\]"
+    ):
         rate(1, schedule="cosin")
 
 
-INFINITE = {"schedule": "infinite", "cooldown_steps": 30, "constant_ratio": 0.4, "min_ratio": 0.1, "decay_fraction": 0.2}
+INFINITE = {
+    "schedule": "infinite",
+    "cooldown_steps": 30,
+    "constant_ratio": 0.4,
+    "min_ratio": 0.1,
+    "decay_fraction": 0.2,
+}
 
 
 def test_infinite_cools_down_stays_and_anneals():
@@ -55,7 +64,7 @@ def test_infinite_cools_down_stays_and_anneals():
     assert rate(90, **INFINITE) == pytest.approx(math.sqrt(0.8 * 0.2))  # the geometric mean of the ends
     assert rate(100, **INFINITE) == pytest.approx(0.2)
     falling = [rate(step, **INFINITE) for step in range(10, 101)]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(falling, falling[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(falling))
 
 
 def test_before_its_anneal_infinite_knows_nothing_of_the_end():
@@ -69,7 +78,7 @@ def test_no_schedule_jumps(schedule):
     in warm-up, and for the anneal ln 4 / 200 of what it is."""
     options = INFINITE | {"schedule": schedule, "cooldown_steps": 300, "steps": 1000, "warmup_steps": 100}
     rates = [rate(step, **options) for step in range(1001)]
-    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) <= 2.0 / 100 * (1 + 1e-9)
+    assert max(abs(b - a) for a, b in pairwise(rates)) <= 2.0 / 100 * (1 + 1e-9)
 
 
 MODEL = {"vocab_size": 256, "dim": 16, "layers": 1, "mixer": {"kind": "attention", "heads": 2}}
@@ -90,7 +99,10 @@ def test_a_config_says_the_same():
     ("changes", "message"),
     [
         ({"cooldown_steps": None}, "train.cooldown_steps was None; it must be given with train.schedule infinite"),
-        ({"constant_lr_ratio": None}, "train.constant_lr_ratio was None; it must be given with train.schedule infinite"),
+        (
+            {"constant_lr_ratio": None},
+            "train.constant_lr_ratio was None; it must be given with train.schedule infinite",
+        ),
         ({"schedule": "wsd"}, "train.cooldown_steps was 30; it must be null without train.schedule infinite"),
         ({"min_lr_ratio": 0.0}, "train.min_lr_ratio was 0.0; with train.schedule infinite it must be more than 0"),
         ({"min_lr_ratio": 0.5}, "train.min_lr_ratio was 0.5; .* at most train.constant_lr_ratio = 0.4"),

@@ -1,9 +1,9 @@
 """What each optimizer keeps and learns: ``python -m palimpsest.train.optimizers CONFIG [key=value …]``.
 
-Trains the config's model for a few updates with every optimizer, and with AdamW under SLTrain, from the same weights on the same
-batches, and prints a table: the bytes of the optimizer's state, summed over its tensors, these by parameter of the
-dense model, and the loss in the end, held-out where the config has a held-out split. With several ``--lr`` it is the
-best of them. A few updates of a small model do not say which optimizer is better for a large one.
+Trains the config's model for a few updates with every optimizer, and with AdamW under SLTrain, from the same weights
+on the same batches, and prints a table: the bytes of the optimizer's state, summed over its tensors, these by parameter
+of the dense model, and the loss in the end, held-out where the config has a held-out split. With several ``--lr`` it is
+the best of them. A few updates of a small model do not say which optimizer is better for a large one.
 """
 
 import argparse
@@ -41,7 +41,9 @@ def arms(source: str, updates: int, given: Mapping[str, Any], names: Sequence[st
     fixed |= {"train.validate_every": updates, "train.diagnostics_every": 0, "train.tensorboard": False}
     for name in names:
         foreign = tuple(f"train.{other}" for other in NAMES if other != name)
-        own = {key: value for key, value in given.items() if not (key + ".").startswith(tuple(f"{f}." for f in foreign))}
+        own = {
+            key: value for key, value in given.items() if not (key + ".").startswith(tuple(f"{f}." for f in foreign))
+        }
         own["train.optimizer"] = "adamw" if name == SLTRAIN else name
         if name == SLTRAIN and not any(key.startswith("train.sltrain") for key in own):
             own["train.sltrain"] = {}
@@ -53,7 +55,9 @@ def measure(config: RunConfig, world: World, corpus: Any) -> dict[str, Any]:
     core, model, optimizer = launch.model(config, world)
     with tempfile.TemporaryDirectory() as name, Interrupt() as interrupt:
         folder, progress = Path(name), Progress(config.train.steps, 0, silent=True)
-        run = Run(config, world, folder, core, model, optimizer, corpus, Checkpointer(folder), None, progress, interrupt)
+        run = Run(
+            config, world, folder, core, model, optimizer, corpus, Checkpointer(folder), None, progress, interrupt
+        )
         run.loop()
     if run.step < config.train.steps:
         raise KeyboardInterrupt
@@ -77,7 +81,8 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]], updates: int) -> str:
     """The rows as Markdown."""
     lines = [
-        f"| optimizer | trained parameters | state, bytes | bytes per parameter | lr | loss after {updates} updates | held out |",
+        "| optimizer | trained parameters | state, bytes | bytes per parameter "
+        f"| lr | loss after {updates} updates | held out |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

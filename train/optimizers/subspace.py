@@ -1,4 +1,4 @@
-"""Subspaces of a gradient matrix: which side is the shorter, the first singular vectors, random ones, random columns."""
+"""Subspaces of a gradient matrix, on its shorter side: first singular vectors, random ones; and random columns."""
 
 import hashlib
 
@@ -25,8 +25,8 @@ def up(coordinates: Tensor, basis: Tensor, like: Tensor) -> Tensor:
 def singular(matrix: Tensor, rank: int) -> Tensor:
     """The first ``rank`` singular vectors on the shorter side, as columns.
 
-    Signs, which a decomposition leaves open, are chosen so that the entry of largest magnitude is positive: moments that
-    are kept from one subspace to the next then mean the same on every machine.
+    Signs, which a decomposition leaves open, are chosen so that the entry of largest magnitude is positive: moments
+    that are kept from one subspace to the next then mean the same on every machine.
     """
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     basis = u[:, :rank] if is_wide(matrix) else vh[:rank].mT
