@@ -211,7 +211,8 @@ def model(seed=0):
     return build({"model": MODEL})
 
 
-def update(model, optimizer):
+def update(model, optimizer, rate=0.02):
+    optim.set_learning_rate(optimizer, rate)
     loss = model(TOKENS[:, :-1], targets=TOKENS[:, 1:].contiguous()).loss
     optimizer.zero_grad()
     loss.backward()
@@ -224,12 +225,13 @@ def test_it_trains_and_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, name):
     one = model()
     optimizer = optim.make(one, settings(name), 5)
     losses = [update(one, optimizer) for _ in range(7)]
+    rates = [0.03, 0.02, 0.01, 0.02, 0.01, 0.01]  # which must reach the groups that loading a state makes anew
     path = Checkpointer(tmp_path).save(7, one, optimizer)
     other = model(seed=1)
     fresh = optim.make(other, settings(name), 5)
     Checkpointer(tmp_path).restore(path, other, fresh)
-    losses += [update(one, optimizer) for _ in range(6)]
-    assert losses[-6:] == [update(other, fresh) for _ in range(6)]
+    losses += [update(one, optimizer, rate) for rate in rates]
+    assert losses[-6:] == [update(other, fresh, rate) for rate in rates]
     for (key, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), key
         for part, value in optimizer.state[a].items():
@@ -327,6 +329,12 @@ def test_muon_updates_hidden_matrices_as_published():
         error = np.sqrt(np.mean((after - (w - 0.02 * moved)) ** 2) / np.mean((0.02 * moved) ** 2))
         assert error < 0.03
         w = after
+
+
+def test_muons_options_reach_it():
+    told = {"momentum": 0.5, "nesterov": False, "ns_steps": 3, "adjust_lr": "original"}
+    group = optim.make(model(), settings("muon", muon=told)).param_groups[0]
+    assert [group[key] for key in ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")] == list(told.values())
 
 
 @pytest.mark.parametrize("name", ["galore", "fira"])
