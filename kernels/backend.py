@@ -3,7 +3,8 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,11 +14,25 @@ BACKENDS = ("reference", "torch", "triton")
 VARIABLE = "PALIMPSEST_BACKEND"
 INSTALLED = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
+_outlining = False
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, tensors of the meta device take the paths that a GPU's would: operators whose Triton kernels cover the
+    call, of which only shapes are computed then. What a GPU would keep can so be counted anywhere; nothing is logged.
+    """
+    global _outlining
+    before, _outlining = _outlining, True
+    try:
+        yield
+    finally:
+        _outlining = before
 
 
 def log_once(message: str) -> None:
     """Log a line at INFO the first time it is said in this process."""
-    if message not in _said:
+    if message not in _said and not _outlining:
         _said.add(message)
         logger.info(message)
 
@@ -39,6 +54,8 @@ def resolve(operation: str, available: Collection[str], device: torch.device, re
     Raises:
         ValueError: for an unknown name, or a requested backend that the operation lacks or the device cannot run.
     """
+    if _outlining and device.type == "meta" and requested is None:
+        return "triton" if "triton" in available and INSTALLED else "torch"
     if requested is not None:
         if requested not in available:
             raise ValueError(f"backend of {operation} was {requested!r}; it must be one of {sorted(available)}")

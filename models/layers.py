@@ -9,18 +9,21 @@ from torch.nn import functional as F
 
 from ..kernels import rms_norm
 from ..kernels.packing import document_of
+from .meta_autocast import MetaAutocast, meta_autocast_dtype
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on this device; None where it is off (and on meta, which it does not know)."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else None
+    """What autocast computes in on this device; None where it is off."""
+    if device.type == "meta":
+        return meta_autocast_dtype()
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast leaves products alone."""
-    on = autocast_dtype(device) is not None
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return MetaAutocast(None) if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Linear(nn.Linear):

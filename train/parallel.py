@@ -106,13 +106,14 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def checkpoint_blocks(blocks: nn.ModuleList) -> None:
+def checkpoint_blocks(blocks: nn.ModuleList, **options: Any) -> None:
     """Keep only each block's inputs for the backward pass and run the block again there: memory for one more forward.
 
-    The block's ``forward`` is replaced rather than the block wrapped, so that no parameter changes its name.
+    The block's ``forward`` is replaced rather than the block wrapped, so that no parameter changes its name. Further
+    ``options`` are those of ``torch.utils.checkpoint.checkpoint``.
     """
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def distribute(model: nn.Module, blocks: nn.ModuleList, kind: str, world: World, shard: int | None = None) -> nn.Module:

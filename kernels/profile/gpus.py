@@ -20,6 +20,7 @@ from ..op import Cost
 
 REGISTERS = 65536  # of 32 bits, in a multiprocessor of every architecture here
 SYSTEM_SHARED = 1024  # bytes per block
+GB = 10**9  # as the data sheets count memory; a card shows its programs up to a few per cent more
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ MULTIPROCESSORS = {
 @dataclass(frozen=True)
 class Gpu:
     """Peaks in FLOP/s (``half``: bfloat16 and float16 products; ``tf32``: float32 products in tf32; ``vector``:
-    float32 outside of the matrix units) and bytes/s; second-level cache in bytes."""
+    float32 outside of the matrix units) and bytes/s; second-level cache and memory (``capacity``) in bytes."""
 
     name: str
     arch: int
@@ -54,6 +55,7 @@ class Gpu:
     vector: float
     memory: float
     cache: int
+    capacity: int
     reached: tuple[float, float] = (1.0, 1.0)
 
     def peak(self, bits: int) -> float:
@@ -74,11 +76,11 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80, 108, 312e12, 156e12, 19.5e12, 2.039e12, 40 << 20),
-        Gpu("RTX4090", 89, 128, 165.2e12, 82.6e12, 82.6e12, 1.008e12, 72 << 20),
-        Gpu("H100", 90, 132, 989.4e12, 494.7e12, 66.9e12, 3.35e12, 50 << 20),
-        Gpu("H200", 90, 132, 989.4e12, 494.7e12, 66.9e12, 4.8e12, 50 << 20, reached=(790 / 989.4, 4.3 / 4.8)),
-        Gpu("B200", 100, 148, 2250e12, 1125e12, 75e12, 8.0e12, 126 << 20),
+        Gpu("A100", 80, 108, 312e12, 156e12, 19.5e12, 2.039e12, 40 << 20, 80 * GB),
+        Gpu("RTX4090", 89, 128, 165.2e12, 82.6e12, 82.6e12, 1.008e12, 72 << 20, 24 * GB),
+        Gpu("H100", 90, 132, 989.4e12, 494.7e12, 66.9e12, 3.35e12, 50 << 20, 80 * GB),
+        Gpu("H200", 90, 132, 989.4e12, 494.7e12, 66.9e12, 4.8e12, 50 << 20, 141 * GB, (790 / 989.4, 4.3 / 4.8)),
+        Gpu("B200", 100, 148, 2250e12, 1125e12, 75e12, 8.0e12, 126 << 20, 180 * GB),
     )
 }
 
