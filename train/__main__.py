@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from .checkpoint import CheckpointError
 from .config import ConfigError, parse_overrides, read_config
 from .data import DataError
+from .dry_run_text import add_options, refuse_without
+from .dry_run_text import run as dry_run
 from .loop import TrainingDiverged, train
 
 
@@ -23,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="like train.steps=500 model.dim=64")
     parser.add_argument("--resume", metavar="auto|never|PATH", help="the same as train.resume=…")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and do nothing else")
-    options = parser.parse_args(arguments)
+    add_options(parser)
+    options = parser.parse_intermixed_args(arguments)
     _log_to_stderr()
     try:
         overrides = parse_overrides(options.overrides)
@@ -33,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(config.to_yaml(), end="")
             return 0
+        if options.dry_run:
+            dry_run(config, options)
+            return 0
+        refuse_without(options)
         summary = train(config)
     except (ConfigError, DataError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -94,12 +94,13 @@ class Corpus:
         )
 
 
-def prepare(config: DataConfig, *, verify: bool = True) -> Corpus:
+def prepare(config: DataConfig, *, verify: bool = True, build: bool = True) -> Corpus:
     """The corpus that a configuration describes: tokenised now, or found and verified.
 
     Args:
         verify: whether the checksums of a corpus that is found are computed, which reads it once. Without, only the
             files' sizes are compared; for ranks of a node where another one verifies.
+        build: False: only a corpus that is there.
 
     Raises:
         DataError: for a source, text or tokenizer that cannot be used; for a corpus that is found but damaged, or was
@@ -120,6 +121,8 @@ def prepare(config: DataConfig, *, verify: bool = True) -> Corpus:
     fingerprint = hashlib.sha256(json.dumps([identity, digest], sort_keys=True).encode("utf-8")).hexdigest()
     folder = given or Path("runs", "data", fingerprint[:16])
     if not (folder / MANIFEST).exists():
+        if not build:
+            raise DataError(f"no corpus is in {folder} yet")
         _build(folder, config, tokenizer, {"identity": identity, "source": digest, "fingerprint": fingerprint})
     manifest = read_manifest(folder)
     _check_identity(manifest, identity, digest, folder)

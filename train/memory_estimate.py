@@ -1,9 +1,9 @@
 """The memory that a training step takes, counted without taking it: on the meta device, whatever the model's size.
 
 What a forward keeps for its backward is what autograd packs, seen by ``saved_tensors_hooks``: a tensor counts once,
-however often it is kept and whatever views of it are. The operations' own choice is in it, for a GPU's Triton kernels as
-for plain torch, because every operation is a registered operator that tells its shapes. Not in it is what an operation
-takes inside of itself and gives back, but for the loss's gradients of logits, whose number is known.
+however often it is kept and whatever views of it are. The operations' own choice is in it, for a GPU's Triton kernels
+as for plain torch, because every operation is a registered operator that tells its shapes. Not in it is what an
+operation takes inside of itself and gives back, but for the loss's gradients of logits, whose number is known.
 """
 
 import weakref
@@ -81,7 +81,9 @@ def activations(
         whole = _kept(model, tokens, settings.precision)
         parts, block = whole.parts, whole.block
         if checkpointing:
-            again = partial(_products, device, settings.precision)  # torch knows autocast again, but not of meta tensors
+            again = partial(
+                _products, device, settings.precision
+            )  # torch knows autocast again, but not of meta tensors
             checkpoint_blocks(model.blocks, context_fn=lambda: (nullcontext(), again()))
             parts = _kept(model, tokens, settings.precision, inputs=True).parts
         peak = _peak(model, tokens, settings.precision)
@@ -244,8 +246,8 @@ def _peak(model: MemoryLM, tokens: Tensor, precision: str) -> int:
 @dataclass(frozen=True)
 class Fixed:
     """Bytes of one process that are there whatever the batch: of its share of the parameters, of their gradients, of
-    the optimizer's state after a step; and of whole tensors: all trainable ones, those outside of blocks, the largest
-    block's."""
+    the optimizer's state after a step (``rule``: its class); and of whole tensors: all trainable ones, those outside of
+    blocks, the largest block's."""
 
     parameters: int
     gradients: int
@@ -253,6 +255,7 @@ class Fixed:
     whole_gradients: int
     root: int
     block: int
+    rule: str
 
 
 def fixed(model: MemoryLM, settings: TrainConfig, shard: int) -> Fixed:
@@ -282,9 +285,9 @@ def fixed(model: MemoryLM, settings: TrainConfig, shard: int) -> Fixed:
             p.grad = torch.empty_like(p)
         optimizer.step()
         state = [x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor)]
-        return Fixed(
-            _bytes(list(model.parameters())), _bytes(trained), _bytes(state), whole, root, max(in_blocks, default=0)
-        )
+        parameters, block = list(model.parameters()), max(in_blocks, default=0)
+        rule = type(optimizer).__name__
+        return Fixed(_bytes(parameters), _bytes(trained), _bytes(state), whole, root, block, rule)
 
 
 def _bytes(tensors: list[Any]) -> int:
