@@ -24,6 +24,7 @@ def packages() -> list[str]:
 DOORS = {
     "palimpsest-train": "palimpsest.train.__main__:main",
     "palimpsest-data": "palimpsest.train.data:main",
+    "palimpsest-report": "palimpsest.train.report:main",
     "palimpsest-eval": "palimpsest.eval.__main__:main",
     "palimpsest-generate": "palimpsest.eval.generate:main",
     "palimpsest-quickstart": "palimpsest.eval.quickstart:main",

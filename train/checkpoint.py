@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from . import events
 from .parallel import broadcast, gather, rank_and_size
 
 logger = logging.getLogger("palimpsest.train")
@@ -37,6 +38,7 @@ MANIFEST = "manifest.json"
 PREFIX = "step-"
 SAVING = ".saving-"
 REMOVING = ".removing-"
+DAMAGED = {"event": "damaged"}
 SHORT_WRITE = ("PytorchStreamWriter", "inline_container")
 
 
@@ -107,9 +109,10 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
                 free = shutil.disk_usage(self.folder).free
                 line = "CHECKPOINT OF STEP %d NOT SAVED: %s (%d bytes free); the ones before are whole"
-                logger.error(line, step, problem, free)
+                logger.error(line, step, problem, free, extra={"event": "checkpoint_failed"})
             return None
         self._sound.add(final)
+        events.note("checkpoint", step)
         self._prune(step)
         return final
 
@@ -169,7 +172,7 @@ class Checkpointer:
                 self._sound.add(path)
                 return path
             if rank_and_size()[0] == 0:
-                logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
+                logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems), extra=DAMAGED)
         return None
 
     def restore(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.eval import ablation_page, ablation_plots, ablation_report
+from palimpsest.eval import ablation_plots, ablation_report
 from palimpsest.train.config import read_config
+from palimpsest.train.page import shown
 
 
 def row(arm: str, rate: float, seed: int, checked: float, tested: float) -> dict:
@@ -108,7 +109,7 @@ def test_which_groups_are_drawn_by_their_second_number() -> None:
     assert ablation_plots.numbered(["64x4", "64x8", "128x32"]) is None  # one of a kind has no curve
     assert ablation_plots.numbered(["echo", "2x16", "2x48"]) is None
     assert len({tuple(ablation_plots.look(i).values()) for i in range(100)}) == 100
-    assert ablation_page.shown(None) == "–" and ablation_page.shown(0.123456789) == "0.12346"
+    assert shown(None) == "–" and shown(0.123456789) == "0.12346"
 
 
 def test_tokens_of_a_step_of_a_task() -> None:
