@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from . import events
+from .events import note
 from .parallel import broadcast, gather, rank_and_size
 
 logger = logging.getLogger("palimpsest.train")
@@ -38,7 +38,6 @@ MANIFEST = "manifest.json"
 PREFIX = "step-"
 SAVING = ".saving-"
 REMOVING = ".removing-"
-DAMAGED = {"event": "damaged"}
 SHORT_WRITE = ("PytorchStreamWriter", "inline_container")
 
 
@@ -109,10 +108,10 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
                 free = shutil.disk_usage(self.folder).free
                 line = "CHECKPOINT OF STEP %d NOT SAVED: %s (%d bytes free); the ones before are whole"
-                logger.error(line, step, problem, free, extra={"event": "checkpoint_failed"})
+                logger.error(line, step, problem, free)
             return None
         self._sound.add(final)
-        events.note("checkpoint", step)
+        note("checkpoint", step)
         self._prune(step)
         return final
 
@@ -172,7 +171,7 @@ class Checkpointer:
                 self._sound.add(path)
                 return path
             if rank_and_size()[0] == 0:
-                logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems), extra=DAMAGED)
+                logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
         return None
 
     def restore(

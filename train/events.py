@@ -3,9 +3,8 @@
     {"time": "2026-01-31T12:00:00.123Z", "kind": "resume", "step": 200, "processes": 8, …}
 
 Kinds: ``start`` and ``resume`` (a process began), ``complete``, ``stopped``, ``failed`` (it ended, and how),
-``checkpoint`` (saved), ``signal`` (somebody asked to stop), and every WARNING and ERROR line of the training log, as
-``warning`` or ``error``, or as what the line names itself by ``extra={"event": …}``: ``skipped``, ``damaged``,
-``checkpoint_failed``. A killed process leaves no event: a ``start`` or ``resume`` that follows no end tells of it.
+``checkpoint`` (saved), and every WARNING and ERROR line of the training log, by what it says: ``NAMES``, else as
+``warning`` or ``error``. A killed process leaves no event: a ``start`` or ``resume`` that follows no end tells of it.
 
 The first process appends each line in one write, so that a kill tears the last one at most. The file only grows: it
 tells of every start, where metrics.jsonl is cut back to what the weights contain.
@@ -26,6 +25,14 @@ logger = logging.getLogger("palimpsest.train")
 FILE = "events.jsonl"
 BEGINNINGS = ("start", "resume")
 ENDS = ("complete", "stopped", "failed")
+NAMES = {
+    "asked to stop": "signal",
+    "the update is skipped": "skipped",
+    "back to the weights of step": "rollback",
+    "is damaged and skipped": "damaged",
+    "NOT SAVED": "checkpoint_failed",
+}
+"""What a line of the log says by which its event is called."""
 
 Event = dict[str, Any]
 
@@ -57,8 +64,8 @@ class _Log(logging.Handler):
         """A line of the log, under the step that it names."""
         if not self.broken:
             message = record.getMessage()
-            step = re.search(r"\bstep (\d+)", message, re.IGNORECASE)
-            kind = getattr(record, "event", record.levelname.lower())
+            step = re.search(r"\bstep[ -]0*(\d+)", message, re.IGNORECASE)
+            kind = next((name for words, name in NAMES.items() if words in message), record.levelname.lower())
             self.write(kind, int(step[1]) if step else None, {"detail": message})
 
     def close(self) -> None:

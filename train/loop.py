@@ -29,11 +29,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from typing_extensions import Self
 
 from ..models import MemoryLM, Output, build
-from . import events, launch, optim, parallel, sltrain
+from . import launch, optim, parallel, sltrain
 from .board import GROUP, sample
 from .checkpoint import Checkpointer, step_of
 from .config import RunConfig
 from .data import Corpus
+from .events import note, recording
 from .examples import ExampleSplit, TaskCorpus, answered
 from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory, read_metrics
 from .parallel import World
@@ -81,7 +82,7 @@ def train(config: RunConfig, listener: Callable[[Record], None] | None = None) -
     if world.device.type == "cpu":
         launch.keep_freed_memory()
     try:
-        with launch.hold(config.folder, world), events.recording(config.folder, world.first):
+        with launch.hold(config.folder, world), recording(config.folder, world.first):
             return _train(config, world, listener)
     finally:
         parallel.stop(world)
@@ -104,7 +105,7 @@ def _train(config: RunConfig, world: World, listener: Callable[[Record], None] |
     corpus = launch.corpus(config, world)
     core, model, optimizer = launch.model(config, world)
     start = launch.restore(saver, newest or launch.origin(config), model, optimizer, corpus)
-    events.note("resume" if start else "start", start, processes=world.size, device=str(world.device))
+    note("resume" if start else "start", start, processes=world.size, device=str(world.device))
     metrics = MetricLog(folder, start, settings.tensorboard, listener) if world.first else None
     with Interrupt() as interrupt, Progress(settings.steps, start, silent=not world.first) as progress:
         run = Run(config, world, folder, core, model, optimizer, corpus, saver, metrics, progress, interrupt)
@@ -121,7 +122,7 @@ def _train(config: RunConfig, world: World, listener: Callable[[Record], None] |
         metrics.close()
     status = "stopped" if stopped else "complete"
     seconds = time.monotonic() - begin
-    events.note(status, run.step, seconds=round(seconds, 3))
+    note(status, run.step, seconds=round(seconds, 3))
     return Summary(folder, status, run.step, start, run.loss, run.validation_loss, seconds)
 
 
@@ -247,7 +248,7 @@ class Run:
     def _skip(self, loss: float, norm: float) -> None:
         self.bad += 1
         text = f"step {self.step}: loss {loss}, gradient norm {norm}"
-        logger.warning("%s: the update is skipped (%d in a row)", text, self.bad, extra={"event": "skipped"})
+        logger.warning("%s: the update is skipped (%d in a row)", text, self.bad)
         if self.bad >= self.settings.max_bad_steps:
             if self.metrics is not None:
                 self.metrics.write({"step": self.step, "loss": loss, "grad_norm": norm})
@@ -371,7 +372,6 @@ class Interrupt:
             signal.signal(number, handler)
         self.former = {}
 
-    def _note(self, number: int, *_: object) -> None:
+    def _note(self, *_: object) -> None:
         self.asked = True
-        events.note("signal", detail=signal.Signals(number).name)
         self.__exit__()

@@ -12,6 +12,7 @@ from training import MODEL
 from palimpsest.models import build
 from palimpsest.models.config import ConfigError
 from palimpsest.models.lm import make
+from palimpsest.models.meta_autocast import MetaAutocast
 from palimpsest.train import optim, read_config
 from palimpsest.train.__main__ import main
 from palimpsest.train.dry_run import fits, learning_rates, plan
@@ -121,6 +122,33 @@ def test_kept_activations_are_those_of_a_real_forward(name, bf16):
         assert 5 / 6 <= found / real <= 1
 
 
+PRODUCTS = [
+    lambda x, w: torch.nn.functional.linear(torch.nn.functional.linear(x, w), w),
+    lambda x, w: (x @ w).mm(w).matmul(w),
+    lambda x, w: torch.bmm(x[None], w[None]) + torch.einsum("ij,jk->ik", x, w),
+    lambda x, w: torch.addmm(x, x, w),
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_autocast_of_shapes_is_that_of_a_processor(product):
+    """The same results' dtypes and kept bytes; a weight that is used twice is cast once."""
+    found = []
+    for device, autocast in (("cpu", torch.autocast("cpu", torch.bfloat16)), ("meta", MetaAutocast(torch.bfloat16))):
+        x = torch.ones(6, 6, device=device, requires_grad=True) + 0.0
+        w = torch.ones(6, 6, device=device, requires_grad=True)
+        kept = {}  # the tensors, so that no storage takes another's place
+
+        def pack(t, kept=kept):
+            kept[t.untyped_storage()._cdata] = t
+            return t
+
+        with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = product(x, w)
+        found.append((y.dtype, y.shape, sorted(t.untyped_storage().nbytes() for t in kept.values())))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["hcam", "hmt"])
 def test_kept_activations_of_other_paths_are_near(name):
     """A processor rotates by other tables than a GPU, and reads tokens' values where it can: within a tenth."""
@@ -183,7 +211,8 @@ def _allocated(config, checkpointing: bool) -> int:
 def test_a_plan_says_what_the_config_says(content, tmp_path):
     config = read_config(
         content,
-        {"train.batch_size": 12, "train.micro_batch_size": 2, "train.parallel": "ddp", "train.precision": "bf16"},
+        {"train.batch_size": 12, "train.micro_batch_size": 2, "train.parallel": "ddp", "train.precision": "bf16"}
+        | {"data.folder": str(tmp_path / "corpus")},
     )
     found = plan(config, processes=3, gpu="A100", mfu=0.5)
     batch = found["batch"]
