@@ -44,11 +44,13 @@ class Line:
 
 @dataclass
 class Panel:
-    """Curves over the steps in one pair of axes; ``marks``: steps where something happened, their colour, and what."""
+    """Curves over the steps in one pair of axes; ``marks``: steps where something happened, their colour, and what;
+    ``span``: the first and last step of the axes, None: those of the curves."""
 
     title: str
     lines: list[Line] = field(default_factory=list)
     marks: list[tuple[int, str, str]] = field(default_factory=list)
+    span: tuple[int, int] | None = None
 
 
 def points_of(records: Sequence[Mapping[str, Any]], key: str) -> Points:
@@ -75,6 +77,9 @@ def panels(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[Pane
                 made.setdefault(title, Panel(title)).lines.append(line)
         for title, lines in _diagnostics(name, records, colour, len(runs) > 1).items():
             made.setdefault(title, Panel(title)).lines += lines
+    steps = [record["step"] for _, records in runs for record in records]
+    for panel in made.values():
+        panel.span = min(steps), max(steps)  # one for all, so that what happened stands at one place in all
     order = {title: i for i, title in enumerate(KEYS.values())}
     return sorted(made.values(), key=lambda panel: (order.get(panel.title, len(KEYS)), panel.title))
 
@@ -142,10 +147,19 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _told(value: float) -> str:
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2g}"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+def labels(values: Sequence[float]) -> list[str]:
+    """Numbers beside an axis, with as many digits as tell them apart."""
+    for digits in range(2, 9):
+        told = [
+            f"{y:,.0f}" if 10 <= abs(y) < 1e6 and y == round(y) else f"{y:,.{digits}g}".replace("e-0", "e-")
+            for y in values
+        ]
+        close = all(
+            abs(float(word.replace(",", "")) - y) <= 1e-3 * abs(y) for word, y in zip(told, values, strict=True)
+        )
+        if len(set(told)) == len(set(values)) and close:
+            break
+    return told
 
 
 class Axes:
@@ -154,7 +168,8 @@ class Axes:
     def __init__(self, panel: Panel) -> None:
         every = [p for line in panel.lines for p in line.points]
         xs, ys = [x for x, _ in every], [y for _, y in every]
-        self.left, self.right = min(xs), max(*xs, min(xs) + 1)
+        self.left, last = panel.span or (min(xs), max(xs))
+        self.right = max(last, self.left + 1)
         self.log = min(ys) > 0 and max(ys) > 100 * min(ys)
         low, high = (self._scaled(y) for y in (min(ys), max(ys)))
         pad = 0.04 * (high - low) or abs(high) * 0.05 or 1.0
@@ -182,9 +197,9 @@ def svg(panel: Panel) -> str:
     """The panel as an SVG; its points are beside it, for the page's script."""
     axes = Axes(panel)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(panel.title)}">']
-    for y in axes.rows():
+    for y, told in zip(axes.rows(), labels(axes.rows()), strict=True):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axes.y(y):.1f}" y2="{axes.y(y):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{axes.y(y) + 4:.1f}" text-anchor="end">{_told(y)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{axes.y(y) + 4:.1f}" text-anchor="end">{told}</text>')
     for x in ticks(axes.left, axes.right, 6):
         if x == int(x):
             parts.append(f'<text x="{axes.x(x):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{int(x):,}</text>')

@@ -26,7 +26,7 @@ from palimpsest.train.report import (
     text,
     throughput,
 )
-from palimpsest.train.report_curves import Axes, Line, Panel, panels, smooth, svg, thin, ticks
+from palimpsest.train.report_curves import Axes, Line, Panel, labels, panels, smooth, svg, thin, ticks
 
 LOADS = re.compile(
     r"""(?:src|href|srcset|action|data)\s*=\s*["']?(?!data:)|@import|url\(|https?://|fetch\(|XMLHttp""", re.I
@@ -274,6 +274,8 @@ def test_axes():
     assert wide.log and wide.y(10.0) < wide.y(0.001)
     for points in ([(5, 2.0)], [(1, 0.0), (2, 0.0)], [(1, -1.0), (9, -1.0)]):  # one point, or no spread at all
         ElementTree.fromstring(svg(Panel("a", [Line("a", "#000", points)])))
+    assert labels([0.99991, 0.99992]) == ["0.99991", "0.99992"] and labels([2500.0, 5000.0]) == ["2,500", "5,000"]
+    assert labels([0.0, 1e-4, 12.5]) == ["0", "0.0001", "12.5"] and labels([20000.0]) == ["20,000"]
     assert sparkline([(i, float(i)) for i in range(8)]) == "▁▂▃▄▅▆▇█" and sparkline([(0, 1.0)]) == "▁"
 
 
