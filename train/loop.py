@@ -2,6 +2,7 @@
 
     runs/<name>/config.yaml         the resolved configuration, written first
                 metrics.jsonl       a line per logged step; tensorboard/ has the same numbers
+                events.jsonl        a line per start, end, checkpoint and warning
                 checkpoints/        step-000200/ … the last few, to go on from
                 model.safetensors   the weights, with config.json, when training ends or is asked to stop
 

@@ -34,8 +34,8 @@ def test_a_run_in_process_leaves_everything_and_sums_it_up(content, tmp_path, ca
     summary = train(read(content, train__log_every=4, train__tensorboard=True), heard.append)
     folder = tmp_path / "run"
     assert (summary.folder, summary.status, summary.step, summary.resumed_from) == (folder, "complete", STEPS, 0)
-    expected = ["checkpoints", "config.json", "config.yaml", "metrics.jsonl", "model.safetensors", "tensorboard"]
-    assert names(folder) == expected
+    expected = ["checkpoints", "config.json", "config.yaml", "events.jsonl", "metrics.jsonl", "model.safetensors"]
+    assert names(folder) == [*expected, "tensorboard"]
     assert [record["step"] for record in heard] == [4, 5, 6, 8, 10, 12, 15, 16]  # logged, diagnosed or validated
     for record in heard:
         assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory"} <= record.keys()
