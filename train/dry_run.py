@@ -250,4 +250,4 @@ def fits(found: Mapping[str, Any]) -> list[tuple[str, int, bool, bool]]:
     1 - ``RESERVE`` of its memory."""
     totals = found["memory"]["total"], found["memory"]["total_checkpointed"]
     most = {name: (1 - RESERVE) * card.capacity for name, card in GPUS.items()}
-    return [(name, GPUS[name].capacity, *(total <= room for total in totals)) for name, room in most.items()]  # type: ignore[misc]
+    return [(name, GPUS[name].capacity, *(total <= room for total in totals)) for name, room in most.items()]

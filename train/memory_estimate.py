@@ -175,8 +175,8 @@ def _kept(model: MemoryLM, tokens: Tensor, precision: str, inputs: bool = False)
             handle.remove()
     parts: dict[str, int] = {}
     blocks = [0] * len(model.blocks)
-    for part, index, size in keeper.sizes.values():
-        parts[part] = parts.get(part, 0) + size
+    for kind, index, size in keeper.sizes.values():
+        parts[kind] = parts.get(kind, 0) + size
         if index >= 0:
             blocks[index] += size
     return Activations(parts, max(blocks), 0, inputs)

@@ -67,15 +67,16 @@ def page(
     if not panels:
         body.append("<p>No line is in metrics.jsonl yet.</p>")
     several = len(configs) > 1
-    for name, lines in differing.items():
-        rows = [(key, *values.split(" -> ", 1)) for key, values in (line.split(": ", 1) for line in lines)]
+    for name, changes in differing.items():
+        rows = [(key, *values.split(" -> ", 1)) for key, values in (line.split(": ", 1) for line in changes)]
         first = next(iter(configs))
         words = table(("key", first, name), rows) if rows else "<p>The configurations are the same.</p>"
         body.append(f"<h2>Where {escape(name)} differs from {escape(first)}</h2>{words}")
     for name, told in events.items():
         of = f" of {escape(name)}" if several else ""
-        rows = [[event[key] for key in ("time", "step", "kind", "detail")] for event in told]
-        words = table(("time, UTC", "step", "event", ""), rows, kind="wide events") if rows else "<p>None recorded.</p>"
+        lines = [[event[key] for key in ("time", "step", "kind", "detail")] for event in told]
+        heads = ("time, UTC", "step", "event", "")
+        words = table(heads, lines, kind="wide events") if lines else "<p>None recorded.</p>"
         body.append(f"<h2>Events{of}</h2>{words}")
     for name, config in configs.items():
         of = f" of {escape(name)}" if several else ""
