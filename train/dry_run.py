@@ -56,6 +56,10 @@ def plan(
     Raises:
         ConfigError: naming an option or key that does not fit.
     """
+    if config.model.huggingface is not None:
+        raise ConfigError(
+            "model.huggingface was given; it must be null for a dry run, which counts blocks of this package"
+        )
     if processes < 1:
         raise ConfigError(f"--processes was {processes}; it must be at least 1")
     if not 0 < mfu <= 1:

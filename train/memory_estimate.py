@@ -68,8 +68,6 @@ def activations(
     scale, rows = (rows, 1) if cut else (1, rows)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        if config.huggingface is not None:  # whose models look at values, where there are any
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if gpu and not cut:
             stack.enter_context(as_on_a_gpu())
         device = torch.device("cpu" if cut else "meta")

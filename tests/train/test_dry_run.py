@@ -307,5 +307,8 @@ def test_what_is_refused(config, capsys, words, said, tmp_path, monkeypatch):
 
 
 def test_refusals_are_config_errors(content):
+    foreign = {"model.hmt": HMT, "model.huggingface": {"model_type": "llama"}}
+    with pytest.raises(ConfigError, match="model.huggingface was given; it must be null for a dry run"):
+        plan(read_config(content, foreign))
     with pytest.raises(ConfigError, match="--processes was -1"):
         plan(read_config(content), processes=-1)
