@@ -17,10 +17,11 @@ from torch import nn
 from ..kernels.profile.gpus import GPUS, Gpu, find_gpu
 from ..models import describe
 from ..models.lm import MemoryLM
-from . import optim
+from . import step_law
 from .config import ConfigError, RunConfig
 from .data import prepare
 from .memory_estimate import Activations, Fixed, activations, fixed
+from .schedules import rate_of
 from .shards import MANIFEST, read_manifest
 from .sources import DataError
 
@@ -89,6 +90,7 @@ def plan(
         "time": _time(config, told.flops_per_token, card, processes, mfu, rows if measure else 0),
         "kernels": list(told.kernels),
         "learning_rate": learning_rates(config),
+        "step_law": step_law.advise(config).text().splitlines(),
         "corpus": _corpus(config),
     }
 
@@ -126,11 +128,10 @@ def memory(
     whole, again = (activations(config.model, settings, rows, gpu=True, checkpointing=on) for on in (False, True))
     found = fixed(model, settings, shard)
     share = f" / {shard} processes, rows rounded up" if shard > 1 else ""
-    rule = f"{found.rule}: its state after one step on these shapes"
     lines = [
         Line("parameters", found.parameters, found.parameters, f"4 bytes x parameters{share}"),
         Line("gradients", found.gradients, found.gradients, f"4 bytes x trained parameters{share}"),
-        Line("optimizer state", found.optimizer, found.optimizer, rule),
+        Line("optimizer state", found.optimizer, found.optimizer, found.rule),
         *_spread(config, found, processes, shard, micro_batches),
     ]
     size = 2 if settings.precision == "bf16" else 4
@@ -213,18 +214,7 @@ def learning_rates(config: RunConfig) -> dict[int, float]:
     settings = config.train
     quarters = [max(1, settings.steps * quarter // 4) for quarter in range(1, 5)]
     steps = sorted({1, max(1, settings.warmup_steps), *quarters})
-    return {
-        step: optim.learning_rate(
-            step,
-            peak=settings.lr,
-            steps=settings.steps,
-            warmup_steps=settings.warmup_steps,
-            schedule=settings.schedule,
-            min_ratio=settings.min_lr_ratio,
-            decay_fraction=settings.decay_fraction,
-        )
-        for step in steps
-    }
+    return {step: rate_of(settings, step) for step in steps}
 
 
 def _corpus(config: RunConfig) -> dict[str, Any]:

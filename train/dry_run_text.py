@@ -54,7 +54,7 @@ def refuse_without(options: argparse.Namespace) -> None:
 
 def text(found: Mapping[str, Any]) -> str:
     """The plan for a terminal."""
-    parts = (_parameters, _batch, _memory, _fits, _compute, _kernels, _rates)
+    parts = (_parameters, _batch, _memory, _fits, _compute, _kernels, _rates, _law)
     return "\n\n".join("\n".join(part(found)) for part in parts)
 
 
@@ -159,3 +159,7 @@ def _kernels(found: Mapping[str, Any]) -> list[str]:
 def _rates(found: Mapping[str, Any]) -> list[str]:
     rows = [("step", "rate"), *((f"{step:,}", f"{rate:.3e}") for step, rate in found["learning_rate"].items())]
     return ["learning rate", *table(rows, left=())]
+
+
+def _law(found: Mapping[str, Any]) -> list[str]:
+    return ["what the step law suggests (python -m palimpsest.train.step_law)", *(f"  {x}" for x in found["step_law"])]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +24,7 @@ from ..kernels.backend import as_on_a_gpu
 from ..models.config import ModelConfig
 from ..models.lm import MemoryLM, make
 from ..models.meta_autocast import MetaAutocast
-from . import optim
+from . import optim, sltrain
 from .config import TrainConfig
 from .parallel import checkpoint_blocks
 from .start import freeze_backbone
@@ -74,8 +74,7 @@ def activations(
         with device:
             model = make(config)
             tokens = torch.zeros(rows, length, dtype=torch.int64)
-        if settings.freeze_backbone:
-            freeze_backbone(model)
+        _as_trained(model, settings)
         whole = _kept(model, tokens, settings.precision)
         parts, block = whole.parts, whole.block
         if checkpointing:
@@ -88,6 +87,14 @@ def activations(
     parts = {name: size * scale for name, size in parts.items() if size}
     working = max(0, peak * scale - sum(parts.values()))
     return Activations(parts, block * scale, working, checkpointing)
+
+
+def _as_trained(model: MemoryLM, settings: TrainConfig) -> None:
+    """What the config makes of a model before it is spread over processes, as ``launch.model`` does."""
+    if settings.freeze_backbone:
+        freeze_backbone(model)
+    if settings.sltrain is not None:
+        sltrain.apply(model, optim.hidden_matrices(model), settings.sltrain, 0)
 
 
 @contextmanager
@@ -244,8 +251,8 @@ def _peak(model: MemoryLM, tokens: Tensor, precision: str) -> int:
 @dataclass(frozen=True)
 class Fixed:
     """Bytes of one process that are there whatever the batch: of its share of the parameters, of their gradients, of
-    the optimizer's state after a step (``rule``: its class); and of whole tensors: all trainable ones, those outside of
-    blocks, the largest block's."""
+    the optimizer's state after a step (``rule``: how that is counted); and of whole tensors: all trainable ones, those
+    outside of blocks, the largest block's."""
 
     parameters: int
     gradients: int
@@ -261,8 +268,7 @@ def fixed(model: MemoryLM, settings: TrainConfig, shard: int) -> Fixed:
 
     The optimizer is the run's own, stepped once on shapes.
     """
-    if settings.freeze_backbone:
-        freeze_backbone(model)
+    _as_trained(model, settings)
     in_blocks = [_bytes(list(block.parameters())) for block in model.blocks]
     root = _bytes(list(model.parameters())) - sum(in_blocks)
     whole = _bytes([p for p in model.parameters() if p.requires_grad])
@@ -275,17 +281,21 @@ def fixed(model: MemoryLM, settings: TrainConfig, shard: int) -> Fixed:
                     empty = torch.empty(shape, dtype=p.dtype, device="cpu")
                     shares[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)
                 module.register_parameter(name, shares[id(p)])
-        optimizer = optim.adamw(
-            model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-        )
+        optimizer = optim.make(model, settings)
         trained = [p for p in model.parameters() if p.requires_grad]
         for p in trained:
             p.grad = torch.empty_like(p)
-        optimizer.step()
-        state = [x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor)]
+        rule = f"{settings.optimizer}'s state after a step, counted on shapes"
+        try:
+            optimizer.step()
+            kept = _bytes(
+                [x for x in tree_leaves([dict(x) for x in optimizer.state.values()]) if isinstance(x, Tensor)]
+            )
+        except DataDependentOutputException:  # it looks at gradients, which shapes do not have
+            kept = 2 * _bytes(trained)
+            rule = f"put down as 2 x gradients: {settings.optimizer} looks at values, which shapes do not have"
         parameters, block = list(model.parameters()), max(in_blocks, default=0)
-        rule = type(optimizer).__name__
-        return Fixed(_bytes(parameters), _bytes(trained), _bytes(state), whole, root, block, rule)
+        return Fixed(_bytes(parameters), _bytes(trained), kept, whole, root, block, rule)
 
 
 def _bytes(tensors: list[Any]) -> int:

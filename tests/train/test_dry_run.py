@@ -13,7 +13,7 @@ from palimpsest.models import build
 from palimpsest.models.config import ConfigError
 from palimpsest.models.lm import make
 from palimpsest.models.meta_autocast import MetaAutocast
-from palimpsest.train import optim, read_config
+from palimpsest.train import optim, read_config, sltrain
 from palimpsest.train.__main__ import main
 from palimpsest.train.dry_run import fits, learning_rates, plan
 from palimpsest.train.dry_run_text import text
@@ -57,9 +57,8 @@ def really_kept(config, rows, bf16=False, checkpointing=False, length=None):
 def trained(config):
     """(model, optimizer) after a real update."""
     model = make(config.model)
-    s = config.train
-    optimizer = optim.adamw(model, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
-    tokens = torch.zeros(1, s.seq_len, dtype=torch.int64)
+    optimizer = optim.make(model, config.train)
+    tokens = torch.zeros(1, config.train.seq_len, dtype=torch.int64)
     model(tokens, targets=tokens).loss.backward()
     optimizer.step()
     return model, optimizer
@@ -78,6 +77,30 @@ def test_parameters_gradients_and_optimizer_are_exact(content, hmt):
     assert found.parameters == size(model.parameters())
     assert found.gradients == size(p.grad for p in model.parameters())
     assert found.optimizer == size(x for held in optimizer.state.values() for x in held.values())
+
+
+@pytest.mark.parametrize("changed", [{"train.optimizer": "muon"}, {"train.sltrain": {"rank": 2}}])
+def test_other_optimizers_are_exact(changed):
+    config = read_config("tiny/titans_mag", SMALL | changed)
+    model = make(config.model)
+    if config.train.sltrain is not None:
+        sltrain.apply(model, optim.hidden_matrices(model), config.train.sltrain, 0)
+    optimizer = optim.make(model, config.train)
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    model(tokens, targets=tokens).loss.backward()
+    optimizer.step()
+    with torch.device("meta"):
+        found = fixed(make(config.model), config.train, 1)
+    assert found.parameters == size(model.parameters())
+    assert found.optimizer == size(x for held in optimizer.state.values() for x in held.values())
+    assert "counted on shapes" in found.rule
+
+
+def test_an_optimizer_that_looks_at_values_is_put_down_as_adamw():
+    config = read_config("tiny/titans_mag", SMALL | {"train.optimizer": "spam"})
+    with torch.device("meta"):
+        found = fixed(make(config.model), config.train, 1)
+    assert found.optimizer == 2 * found.gradients and "put down as" in found.rule
 
 
 def test_a_share_of_fsdp_is_exact(content):
@@ -247,6 +270,7 @@ def test_micro_batches_of_fsdp_keep_whole_gradients(content):
 def test_learning_rates_are_those_of_training(content):
     config = read_config(content, {"train.steps": 100, "train.warmup_steps": 10, "train.lr": 1.0})
     rates = learning_rates(config)
+    assert "train.lr=" in "\n".join(plan(config)["step_law"])
     assert list(rates) == [1, 10, 25, 50, 75, 100]
     assert rates[1] == pytest.approx(0.1) and rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
 
