@@ -1,38 +1,25 @@
 """Tokenised corpora: text in, memory-mapped shards and a manifest out. ``python -m palimpsest.train.data CONFIG``.
 
-A corpus is a folder (its files: ``shards.py``). It is built in a folder beside, its manifest written last, and renamed
-into place: a corpus that is there is whole, and of two processes that prepare it at the same time one wins and the
-other uses what won.
+A corpus is a folder (its files: ``shards.py``). It is made in a folder beside and renamed into place (``build.py``): a
+corpus that is there is whole, and of two processes that prepare it at the same time one does and the other waits.
 """
 
 import argparse
 import hashlib
 import json
 import logging
-import os
 import platform
-import shutil
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..models.config import apply_overrides, load_config, parse_override, validate
+from .build import build
 from .data_config import DataConfig
-from .shards import (
-    MANIFEST,
-    SPLITS,
-    entries,
-    map_file,
-    read_manifest,
-    sync_folder,
-    tokenise,
-    verify_files,
-    write_manifest,
-)
-from .sources import DataError, source_digest
+from .files import DataError, source_digest
+from .shards import MANIFEST, SPLITS, entries, map_file, read_manifest, verify_files
 from .split import Batch, Split
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -94,10 +81,11 @@ class Corpus:
         )
 
 
-def prepare(config: DataConfig, *, verify: bool = True, build: bool = True) -> Corpus:
+def prepare(config: DataConfig, *, verify: bool = True, jobs: int = 1) -> Corpus:
     """The corpus that a configuration describes: tokenised now, or found and verified.
 
     Args:
+        jobs: processes that tokenise, where that is still to do; the corpus does not depend on it.
         verify: whether the checksums of a corpus that is found are computed, which reads it once. Without, only the
             files' sizes are compared; for ranks of a node where another one verifies.
         build: False: only a corpus that is there.
@@ -121,9 +109,8 @@ def prepare(config: DataConfig, *, verify: bool = True, build: bool = True) -> C
     fingerprint = hashlib.sha256(json.dumps([identity, digest], sort_keys=True).encode("utf-8")).hexdigest()
     folder = given or Path("runs", "data", fingerprint[:16])
     if not (folder / MANIFEST).exists():
-        if not build:
-            raise DataError(f"no corpus is in {folder} yet")
-        _build(folder, config, tokenizer, {"identity": identity, "source": digest, "fingerprint": fingerprint})
+        about = {"identity": identity, "source": digest, "fingerprint": fingerprint}
+        verify = not build(folder, config, tokenizer, about, jobs) and verify  # what was just written needs no reading
     manifest = read_manifest(folder)
     _check_identity(manifest, identity, digest, folder)
     verify_files(manifest, folder, checksums=verify)
@@ -154,31 +141,6 @@ def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], digest: 
             raise DataError(f"data.{key} was {now!r}; the corpus in {folder} was prepared with {then!r}; {remedy}")
     if digest is not None and digest != manifest["source"]:
         raise DataError(f"the source files changed after the corpus in {folder} was prepared from them; {remedy}")
-
-
-# -- building ---------------------------------------------------------------------------------------------------------
-
-
-def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
-    """Tokenise into a folder beside ``folder``, then rename it there."""
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / MANIFEST).exists():  # looked at last: a corpus may appear at any moment
-        raise DataError(
-            f"data.folder was {str(folder)!r}, which holds no {MANIFEST}; it must be a corpus, new or empty"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    beside.mkdir()
-    try:
-        write_manifest(beside, tokenise(beside, config, tokenizer) | about)
-        try:
-            os.rename(beside, folder)
-        except OSError:
-            if not (folder / MANIFEST).exists():  # else another process was first, and its corpus is as good
-                raise
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

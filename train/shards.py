@@ -4,6 +4,9 @@ A corpus is a folder with ``{split}-00000.bin`` … (token ids, little-endian, u
 size, each ``shard_tokens`` long but the last), ``{split}-documents.bin`` (int64: where each document begins, and the
 end) and ``manifest.json`` (counts, tokenizer, sizes and checksums of the others).
 
+While it is made, any of its files can be cut back to what an earlier moment had written (``SplitWriter.rewind``); the
+files come out the same, byte for byte, however often that happened (``build.py``).
+
 What is held out: document 0 is for training; each later one goes to validation when a hash of its position says so,
 with probability ``validation_fraction``. When that chose none (a corpus of one or a few documents) the last
 ``validation_fraction`` of the bytes is cut from the end of the last document. No token is in both splits.
@@ -13,100 +16,56 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .data_config import DataConfig
-from .sources import DataError, Document, documents
-from .split import derive
-from .tokenizer import Tokenizer
+from .encode import Encoded
+from .files import DataError
+from .split import derive, mix64
 
 logger = logging.getLogger("palimpsest.train")
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 _HELD_OUT = 0x70616C696D707365
-_BATCH_BYTES = 4 * 2**20
 
 
-def tokenise(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write a source's shards and indices; returns their part of the manifest."""
-    writers = {name: _SplitWriter(folder, name, tokenizer, config.shard_tokens) for name in SPLITS}
-    empty = 0
-
-    def with_text() -> Iterator[Document]:
-        nonlocal empty
-        for document in documents(config):
-            if document.text:
-                yield document
-            else:
-                empty += 1
-                logger.debug("%s is empty and left out", document.name)
-
-    try:
-        for group in _grouped(assign(with_text(), config.validation_fraction)):
-            encoded = tokenizer.encode_documents([text for _, text in group])
-            for (name, text), tokens in zip(group, encoded, strict=True):
-                writers[name].write(tokens, len(text))
-        splits = {name: writer.finish() for name, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if not splits["train"]["tokens"]:
-        what = "nothing but empty documents" if empty else "no documents"
-        key = "name" if config.source == "hf" else "path"
-        raise DataError(f"data.{key} was {getattr(config, key)!r}, a corpus with {what}; it must have text")
-    if empty:
-        logger.info("%d empty documents left out", empty)
-    dtype = writers["train"].dtype
-    return {"dtype": dtype, "empty_documents": empty, "splits": splits}
+def held_out(positions: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents go to validation by the hash of their position, bool; see the module."""
+    words = derive(_HELD_OUT) ^ mix64(positions.astype(np.uint64))
+    return (mix64(words) < np.uint64(int(fraction * 2**64))) & (positions > 0)
 
 
-def assign(found: Iterable[Document], fraction: float) -> Iterator[tuple[str, bytes]]:
-    """The split of each document, and its text, by the module's rule. One is held back, to know which is the last."""
-    threshold = int(fraction * 2**64)
-    held_out, size, last = False, 0, None
-    for position, document in enumerate(found):
-        if last is not None:
-            yield last
-        chosen = position > 0 and derive(_HELD_OUT, position) < threshold
-        held_out, size = held_out or chosen, size + len(document.text)
-        last = ("validation" if chosen else "train", document.text)
-    if last is None:
-        return
-    if held_out:
-        yield last
-        return
-    text = last[1]
-    cut = max(0, len(text) - round(fraction * size))
-    while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # never inside a character
-        cut += 1
-    yield from ((split, part) for split, part in (("train", text[:cut]), ("validation", text[cut:])) if part)
-
-
-def _grouped(assigned: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
-    """Lists of documents of a few megabytes together, for tokenizers that encode many at once."""
-    group: list[tuple[str, bytes]] = []
-    size = 0
-    for name, text in assigned:
-        group.append((name, text))
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest unsigned integers that hold every id."""
+    room = {"<u1": 2**8, "<u2": 2**16, "<u4": 2**32}
+    return next(kind for kind, ids in room.items() if vocab_size <= ids)
 
 
 class FileWriter:
-    """A file that knows its size and checksum, and is on the disk once closed."""
+    """A file that knows its size and checksum, and is on the disk once closed.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
-        self._stream, self._digest = open(path, "wb"), hashlib.sha256()  # noqa: SIM115
+    Args:
+        size: how much of what is there is kept, and written on from.
+
+    Raises:
+        DataError: when less is there.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self.path, self.size = path, size
+        self._stream, self._digest = open(path, "r+b" if size else "wb"), hashlib.sha256()  # noqa: SIM115
+        left = size
+        while left and (block := self._stream.read(min(left, 2**22))):
+            self._digest.update(block)
+            left -= len(block)
+        if left:
+            self._stream.close()
+            raise DataError(f"{path} had {size - left} bytes; {size} were written")
+        self._stream.truncate()
 
     def write(self, content: bytes | memoryview) -> None:
         """Append ``content``."""
@@ -114,61 +73,118 @@ class FileWriter:
         self._digest.update(content)
         self.size += len(content)
 
+    def sync(self) -> None:
+        """Bring to the disk what has been written."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
     def close(self) -> dict[str, Any]:
         """Flush to the disk; the file's name, size and sha256, for the manifest."""
         if not self._stream.closed:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            self.sync()
             self._stream.close()
         return {"file": self.path.name, "size": self.size, "sha256": self._digest.hexdigest()}
 
 
-class _SplitWriter:
-    """Writes one split's documents into shards of a fixed number of tokens."""
+class Counts(NamedTuple):
+    """What a split holds: documents, tokens with separators, bytes of text, and those by the tokenizer's table."""
 
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self.folder, self.name, self.tokenizer, self.shard_tokens = folder, name, tokenizer, shard_tokens
-        room = {"<u1": 2**8, "<u2": 2**16, "<u4": 2**32}
-        self.dtype = next(kind for kind, ids in room.items() if tokenizer.vocab_size <= ids)
-        self._table = tokenizer.byte_table.numpy()
-        self.documents = self.tokens = self.bytes = self.table_bytes = 0
-        self._index = FileWriter(folder / f"{name}-documents.bin")
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    table_bytes: int = 0
+
+
+class SplitWriter:
+    """Writes one split's documents into shards of a fixed number of tokens, once ``rewind`` has said from where."""
+
+    def __init__(self, folder: Path, name: str, separator: int, dtype: str, shard_tokens: int) -> None:
+        self.folder, self.name, self.separator, self.shard_tokens = folder, name, separator, shard_tokens
+        self.dtype = np.dtype(dtype)
+        self.counts = Counts()
+        self.shards: list[dict[str, Any]] = []
+        """The manifest's entries of the shards that are full."""
+        self._index: FileWriter | None = None
         self._shard: FileWriter | None = None
-        self._shards: list[dict[str, Any]] = []
 
-    def write(self, tokens: np.ndarray, byte_count: int) -> None:
-        """Add a document: a separator, then its tokens."""
-        self._index.write(np.array([self.tokens], dtype="<i8").tobytes())
-        self._append(np.array([self.tokenizer.separator], dtype=self.dtype))
-        self._append(tokens.astype(self.dtype, copy=False))
-        self.documents += 1
-        self.bytes += byte_count
-        self.table_bytes += int(self._table[tokens].sum())
+    @property
+    def _index_path(self) -> Path:
+        return self.folder / f"{self.name}-documents.bin"
+
+    def after(self, encoded: Encoded) -> list[Counts]:
+        """The counts before each part of what is to be written next, and after the last."""
+        opened = np.cumsum(encoded.opens)
+        rows = (opened, opened + np.cumsum(encoded.lengths), np.cumsum(encoded.sizes), np.cumsum(encoded.table))
+        steps = np.stack(rows, 1).tolist()
+        return [Counts(*(a + b for a, b in zip(self.counts, step, strict=True))) for step in ([0] * 4, *steps)]
+
+    def write(self, encoded: Encoded) -> None:
+        """Add parts of documents, a separator before each document."""
+        assert self._index is not None  # rewind opened it
+        if not len(encoded.lengths):
+            return
+        begins = (np.cumsum(encoded.lengths) - encoded.lengths)[encoded.opens]
+        offsets = self.counts.tokens + begins + np.arange(len(begins))
+        self._index.write(offsets.astype("<i8").tobytes())
+        self._append(np.insert(encoded.tokens, begins, self.separator))
+        self.counts = Counts(
+            self.counts.documents + len(begins),
+            self.counts.tokens + len(encoded.tokens) + len(begins),
+            self.counts.bytes + int(encoded.sizes.sum()),
+            self.counts.table_bytes + int(encoded.table.sum()),
+        )
 
     def _append(self, tokens: np.ndarray) -> None:
+        written = self.counts.tokens
         while len(tokens):
-            place = self.tokens % self.shard_tokens
+            place = written % self.shard_tokens
             shard = self._next_shard() if self._shard is None or place == 0 else self._shard
             piece, tokens = np.split(tokens, [self.shard_tokens - place])
             shard.write(piece.tobytes())
-            self.tokens += len(piece)
+            written += len(piece)
 
     def _next_shard(self) -> FileWriter:
         self._finish_shard()
-        self._shard = FileWriter(self.folder / f"{self.name}-{len(self._shards):05d}.bin")
+        self._shard = FileWriter(self._shard_path(len(self.shards)))
         return self._shard
+
+    def _shard_path(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{number:05d}.bin"
 
     def _finish_shard(self) -> None:
         if self._shard is not None:
-            self._shards.append(self._shard.close())
+            self.shards.append(self._shard.close())
+            self._shard = None
+
+    def rewind(self, counts: Counts, shards: list[dict[str, Any]]) -> None:
+        """Go back to an earlier moment: its counts, and at least the entries of the shards that were full then.
+
+        Raises:
+            DataError: when the files hold less than they did.
+        """
+        self.close()
+        full = max(0, counts.tokens - 1) // self.shard_tokens  # the last shard is open even where it is just full
+        self.counts, self.shards = counts, shards[:full]
+        self._index = FileWriter(self._index_path, counts.documents * 8)
+        size = (counts.tokens - full * self.shard_tokens) * self.dtype.itemsize
+        self._shard = FileWriter(self._shard_path(full), size) if size else None
+        number = full + bool(size)
+        while (path := self._shard_path(number)).exists():
+            path.unlink()
+            number += 1
+
+    def sync(self) -> None:
+        """Bring to the disk what has been written."""
+        for writer in (self._index, self._shard):
+            if writer is not None:
+                writer.sync()
 
     def finish(self) -> dict[str, Any]:
         """Close every file; returns the split's part of the manifest."""
-        self._index.write(np.array([self.tokens], dtype="<i8").tobytes())
+        assert self._index is not None  # rewind opened it
+        self._index.write(np.array([self.counts.tokens], dtype="<i8").tobytes())
         self._finish_shard()
-        self._shard = None
-        counts = {key: getattr(self, key) for key in ("documents", "tokens", "bytes", "table_bytes")}
-        return {**counts, "shards": self._shards, "index": self._index.close()}
+        return {**self.counts._asdict(), "shards": self.shards, "index": self._index.close()}
 
     def close(self) -> None:
         """Let go of the files, whether or not they are complete."""
@@ -252,7 +268,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and bring the whole folder to the disk; the last thing done to a new corpus."""
-    writer = FileWriter(folder / MANIFEST)
+    writer = FileWriter(folder / f".{MANIFEST}")
     writer.write(json.dumps(manifest, indent=1).encode("utf-8"))
     writer.close()
+    writer.path.replace(folder / MANIFEST)
     sync_folder(folder)

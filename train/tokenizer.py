@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .sources import DataError
+from .files import DataError
+
+if TYPE_CHECKING:  # processes that only tokenise start without torch
+    from torch import Tensor
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<bos>", "<s>", "[SEP]", "<sep>")
 """Tokens taken for the document separator of a JSON file, the first that it has."""
@@ -44,21 +45,30 @@ class Tokenizer(ABC):
 
     @cached_property
     @abstractmethod
-    def byte_table(self) -> Tensor:
+    def byte_counts(self) -> np.ndarray:
         """The number of UTF-8 bytes that each id stands for, float64 [vocab_size]; 0 for the separator."""
+
+    @cached_property
+    def byte_table(self) -> "Tensor":
+        """``byte_counts`` as a tensor."""
+        import torch
+
+        return torch.from_numpy(self.byte_counts)
 
     def encode(self, text: str | bytes) -> list[int]:
         """The token ids of one text, without separators."""
         raw = text.encode("utf-8") if isinstance(text, str) else bytes(text)
         return self.encode_documents([raw])[0].tolist()
 
-    def bytes_per_token(self, tokens: Tensor) -> Tensor:
+    def bytes_per_token(self, tokens: "Tensor") -> "Tensor":
         """The bytes that each token stands for, float64 of the tokens' shape; 0 where a target is ignored (< 0).
 
         Bits per byte of any text is ``nats.sum() / log(2) / bytes_per_token(targets).sum()``: the separator costs nats
         and has no bytes. Exact for bytes and byte-level vocabularies; for those that normalise text, ``Split.bytes_of``
         scales it so that the sum over the corpus is exact.
         """
+        import torch
+
         table = self.byte_table.to(tokens.device)
         return torch.where(tokens >= 0, table[tokens.clamp(min=0).long()], table.new_zeros(()))
 
@@ -80,8 +90,8 @@ class ByteTokenizer(Tokenizer):
         return bytes(tokens).decode("utf-8", errors="replace")
 
     @cached_property
-    def byte_table(self) -> Tensor:
-        table = torch.ones(self.vocab_size, dtype=torch.float64)
+    def byte_counts(self) -> np.ndarray:
+        table = np.ones(self.vocab_size)
         table[self.separator] = 0.0
         return table
 
@@ -104,6 +114,9 @@ class VocabularyTokenizer(Tokenizer):
         content = hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
         self.identity = {"name": name, "sha256": content, "separator": separator}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return VocabularyTokenizer, (self.name, self.backend, self.separator)
+
     def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         strings = [text.decode("utf-8") for text in texts]
         encodings = self.backend.encode_batch_fast(strings, add_special_tokens=False)
@@ -113,10 +126,10 @@ class VocabularyTokenizer(Tokenizer):
         return self.backend.decode(list(tokens), skip_special_tokens=False)
 
     @cached_property
-    def byte_table(self) -> Tensor:
+    def byte_counts(self) -> np.ndarray:
         decoder = json.dumps(json.loads(self.backend.to_str()).get("decoder"))
         added = self.backend.get_added_tokens_decoder()
-        table = torch.zeros(self.vocab_size, dtype=torch.float64)
+        table = np.zeros(self.vocab_size)
         for token, index in self.backend.get_vocab(with_added_tokens=True).items():
             if index in added:
                 special = added[index].special or index == self.separator

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.train import data, shards
+from palimpsest.train import build, data, shards
 from palimpsest.train.data import Corpus, DataConfig, DataError, main, prepare
-from palimpsest.train.shards import assign
-from palimpsest.train.sources import Document
 
 
 @pytest.fixture
@@ -71,11 +70,14 @@ def test_size_of_shards_changes_nothing_else(here):
 
 
 def held_out(texts: list[bytes], fraction: float) -> tuple[list[bytes], list[bytes]]:
-    found = list(assign((Document(text, "x") for text in texts), fraction))
-    return [text for name, text in found if name == "train"], [text for name, text in found if name == "validation"]
+    """The documents of the two splits of a corpus of these texts."""
+    lines = [json.dumps({"text": text.decode()}) + "\n" for text in texts]
+    Path("held.jsonl").write_text("".join(lines), encoding="utf-8")
+    corpus = make(path="held.jsonl", folder=None, validation_fraction=fraction)
+    return texts_of(corpus, "train"), texts_of(corpus, "validation")
 
 
-def test_the_tail_of_a_single_document_is_held_out_at_a_character():
+def test_the_tail_of_a_single_document_is_held_out_at_a_character(here):
     text = ("é" * 500).encode()
     for fraction in (0.101, 0.1, 0.003):
         (training,), (validation,) = held_out([text], fraction)
@@ -84,17 +86,17 @@ def test_the_tail_of_a_single_document_is_held_out_at_a_character():
         training.decode(), validation.decode()
 
 
-def test_the_tail_of_the_last_document_is_held_out_when_the_hash_chose_none():
+def test_the_tail_of_the_last_document_is_held_out_when_the_hash_chose_none(here):
     assert held_out([b"a" * 100, b"b" * 300], 0.05) == ([b"a" * 100, b"b" * 280], [b"b" * 20])
     assert held_out([b"a" * 300, b"b" * 5], 0.05) == ([b"a" * 300], [b"b" * 5])
 
 
-def test_the_first_document_is_for_training_whatever_its_hash(monkeypatch):
-    monkeypatch.setattr(shards, "derive", lambda *parts: 0)
+def test_the_first_document_is_for_training_whatever_its_hash(here, monkeypatch):
+    monkeypatch.setattr(shards, "mix64", lambda words: words * 0)
     assert held_out([b"a", b"b", b"c"], 0.02) == ([b"a"], [b"b", b"c"])
 
 
-def test_whole_documents_are_held_out_in_proportion():
+def test_whole_documents_are_held_out_in_proportion(here):
     """20,000 documents at 0.02: 400 expected, standard deviation 20."""
     texts = [str(i).encode() for i in range(20000)]
     training, validation = held_out(texts, 0.02)
@@ -135,7 +137,7 @@ def test_a_larger_vocabulary_takes_wider_tokens(here, monkeypatch):
         """A number per distinct document, to have large ids and inexact byte counts."""
 
         name, vocab_size, separator, identity = "words", 70000, 69999, {"name": "words"}
-        byte_table = torch.tensor([10.0] * 69999 + [0.0], dtype=torch.float64)
+        byte_counts = np.array([10.0] * 69999 + [0.0])
 
         def encode_documents(self, found):
             return [np.full(2, 66000 + texts.index(text)) for text in found]
@@ -181,7 +183,7 @@ def test_the_standard_library_is_a_corpus(here):
 def test_a_corpus_that_is_found_is_used(here, monkeypatch):
     write_documents()
     first = make(folder=None)
-    monkeypatch.setattr(data, "tokenise", None)
+    monkeypatch.setattr(build, "tokenise", None)
     again = make(folder=None)
     assert (again.folder, again.checksum, again.fingerprint) == (first.folder, first.checksum, first.fingerprint)
 
@@ -319,21 +321,22 @@ def test_processes_may_prepare_at_the_same_time(here):
 
 
 def test_losing_the_race_uses_the_winner(here, monkeypatch):
-    """Another process's corpus appears between the look for one and the renaming."""
+    """Another process's corpus appears between the look for one and the renaming, as where folders cannot be locked."""
     write_documents()
-    original = data.tokenise
+    winner = make(folder="other")
+    original = build.tokenise
 
-    def slow(folder, config, tokenizer):
-        manifest = original(folder, config, tokenizer)
-        monkeypatch.setattr(data, "tokenise", original)
-        make()
+    def slow(folder, *given, **keys):
+        manifest = original(folder, *given, **keys)
+        shutil.copytree("other", "corpus")
         return manifest
 
-    monkeypatch.setattr(data, "tokenise", slow)
+    monkeypatch.setattr(build, "tokenise", slow)
     corpus = make()
+    assert corpus.checksum == winner.checksum
     config = DataConfig(source="jsonl", path="x.jsonl", folder="corpus")
-    data._build(corpus.folder, config, corpus.tokenizer, {})  # one that looked before it was there
-    assert make().checksum == corpus.checksum and sorted(os.listdir()) == ["corpus", "x.jsonl"]
+    assert not build.build(corpus.folder, config, corpus.tokenizer, {})  # one that looked before it was there
+    assert make().checksum == corpus.checksum and sorted(os.listdir()) == ["corpus", "other", "x.jsonl"]
 
 
 def test_another_process_reads_the_same_batch(here):
