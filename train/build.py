@@ -390,4 +390,3 @@ class Meter:
         if self.wrote:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
-

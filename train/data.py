@@ -1,149 +1,40 @@
-"""Tokenised corpora: text in, memory-mapped shards and a manifest out. ``python -m palimpsest.train.data CONFIG``.
+"""Tokenised corpora: text in, memory-mapped shards and a manifest out.
+
+    python -m palimpsest.train.data SOURCE... --tokenizer tokenizer.json --out DIR
+    python -m palimpsest.train.data CONFIG.yaml key=value ...
+
+SOURCE is a file, a folder, a glob, ``hf:NAME`` (a Hugging Face dataset, or a local folder of one), ``stdlib``, or ``-``
+for standard input; its kind is told by its suffix or ``--source``. The second form takes the ``data`` section of a
+run's configuration.
 
 A corpus is a folder (its files: ``shards.py``). It is made in a folder beside and renamed into place (``build.py``): a
-corpus that is there is whole, and of two processes that prepare it at the same time one does and the other waits.
+corpus that is there is whole, of two processes that prepare it at the same time one does and the other waits, and a
+call that was interrupted, however that was, is gone on with by the same command.
 """
 
 import argparse
-import hashlib
 import json
 import logging
-import platform
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..configs import find_config
 from ..models.config import apply_overrides, load_config, parse_override, validate
-from .build import build
+from .corpus import Corpus
 from .data_config import DataConfig
-from .files import DataError, source_digest
-from .shards import MANIFEST, SPLITS, entries, map_file, read_manifest, verify_files
+from .files import STDIN, DataError, kind_of
+from .mixture import MixtureCorpus
+from .prepare import prepare
 from .split import Batch, Split
-from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Batch", "Corpus", "DataConfig", "DataError", "Split", "main", "prepare"]
 
-logger = logging.getLogger("palimpsest.train")
-
-FORMAT = 1
-
-
-class Corpus:
-    """A tokenised corpus on disk, opened.
-
-    Attributes:
-        folder: where it lies. tokenizer: what made it. manifest: the content of its manifest.json.
-        fingerprint: names the configuration and the source files that it was made from.
-        checksum: sha256 over the checksums of its files, in order: equal corpora have equal ones.
-    """
-
-    def __init__(self, folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, documents: str = "stream") -> None:
-        self.folder, self.manifest, self.tokenizer = folder, manifest, tokenizer
-        self.fingerprint: str = manifest["fingerprint"]
-        self.documents = documents
-        sums = "".join(entry["sha256"] for entry in entries(manifest))
-        self.checksum = hashlib.sha256(sums.encode("ascii")).hexdigest()
-
-    def split(self, name: str, documents: str | None = None) -> Split:
-        """The ``train`` or the ``validation`` split.
-
-        Args:
-            documents: ``stream`` or ``packed``; None for what the configuration says.
-
-        Raises:
-            ValueError: for another name.
-            DataError: when nothing was held out for validation.
-        """
-        if name not in SPLITS:
-            raise ValueError(f"split was {name!r}; it must be one of {SPLITS}")
-        documents = documents or self.documents
-        if documents not in ("stream", "packed"):
-            raise ValueError(f"documents was {documents!r}; it must be 'stream' or 'packed'")
-        entry = self.manifest["splits"][name]
-        if not entry["tokens"]:
-            fraction = self.manifest["identity"]["validation_fraction"]
-            raise DataError(
-                f"the {name} split of the corpus in {self.folder} is empty: data.validation_fraction was {fraction}"
-            )
-        shards = [map_file(self.folder / shard["file"], self.manifest["dtype"]) for shard in entry["shards"]]
-        offsets = map_file(self.folder / entry["index"]["file"], "<i8")
-        return Split(
-            name,
-            shards,
-            offsets,
-            self.tokenizer,
-            byte_count=entry["bytes"],
-            table_bytes=entry["table_bytes"],
-            packed=documents == "packed",
-            where=str(self.folder),
-        )
-
-
-def prepare(config: DataConfig, *, verify: bool = True, jobs: int = 1) -> Corpus:
-    """The corpus that a configuration describes: tokenised now, or found and verified.
-
-    Args:
-        jobs: processes that tokenise, where that is still to do; the corpus does not depend on it.
-        verify: whether the checksums of a corpus that is found are computed, which reads it once. Without, only the
-            files' sizes are compared; for ranks of a node where another one verifies.
-        build: False: only a corpus that is there.
-
-    Raises:
-        DataError: for a source, text or tokenizer that cannot be used; for a corpus that is found but damaged, or was
-            made from another configuration, tokenizer or state of the source files. It names the key or the file.
-    """
-    if config.task is not None:
-        raise DataError(f"data.task was {config.task!r}; it must be null where text is wanted: a task has no corpus")
-    tokenizer = load_tokenizer(config.tokenizer)
-    identity = _identity(config, tokenizer)
-    given = None if config.folder is None else Path(config.folder).expanduser()
-    try:
-        digest = source_digest(config)
-    except DataError as error:
-        if given is None or not (given / MANIFEST).exists():
-            raise
-        logger.warning("using the corpus in %s without its source: %s", given, error)
-        digest = None
-    fingerprint = hashlib.sha256(json.dumps([identity, digest], sort_keys=True).encode("utf-8")).hexdigest()
-    folder = given or Path("runs", "data", fingerprint[:16])
-    if not (folder / MANIFEST).exists():
-        about = {"identity": identity, "source": digest, "fingerprint": fingerprint}
-        verify = not build(folder, config, tokenizer, about, jobs) and verify  # what was just written needs no reading
-    manifest = read_manifest(folder)
-    _check_identity(manifest, identity, digest, folder)
-    verify_files(manifest, folder, checksums=verify)
-    return Corpus(folder, manifest, tokenizer, config.documents)
-
-
-def _identity(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a corpus is made from, as far as the configuration says."""
-    keys = {
-        "stdlib": (),
-        "text": ("path",),
-        "jsonl": ("path", "text_key"),
-        "parquet": ("path", "text_key"),
-        "hf": ("name", "subset", "split", "text_key"),
-    }[config.source]
-    identity = {key: getattr(config, key) for key in ("source", *keys, "validation_fraction", "shard_tokens")}
-    if config.source == "stdlib":
-        identity["python"] = platform.python_version()
-    return {"format": FORMAT, **identity, "tokenizer": tokenizer.identity}
-
-
-def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], digest: str | None, folder: Path) -> None:
-    """Refuse a corpus that was made from something else than the configuration now asks for."""
-    remedy = f"choose another data.folder than {folder}, or delete it to have the corpus prepared again"
-    for key in sorted(identity.keys() | manifest["identity"].keys()):
-        now, then = identity.get(key), manifest["identity"].get(key)
-        if now != then:
-            raise DataError(f"data.{key} was {now!r}; the corpus in {folder} was prepared with {then!r}; {remedy}")
-    if digest is not None and digest != manifest["source"]:
-        raise DataError(f"the source files changed after the corpus in {folder} was prepared from them; {remedy}")
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
+OF_SOURCES = ("source", "tokenizer", "out", "text_key", "subset", "split", "validation_fraction", "shard_tokens")
+"""Options that say of sources what a configuration says by its keys."""
 
 
 def summary(corpus: Corpus) -> str:
@@ -167,23 +58,147 @@ def summary(corpus: Corpus) -> str:
     )
 
 
+def packing(corpus: Corpus, seq_len: int) -> str:
+    """What packing whole documents into windows of ``seq_len`` tokens would come to, a line for each split."""
+    lines = []
+    for name, entry in corpus.manifest["splits"].items():
+        if entry["tokens"]:
+            split = corpus.split(name, "whole")
+            made = split.plan(seq_len)
+            lines.append(
+                f"{name}: whole documents fill {made.windows:,} windows of {seq_len:,} tokens, "
+                f"{made.padding(seq_len):.2%} padding; {made.cut:,} of {split.documents:,} documents are longer"
+            )
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="palimpsest-data",
+        description="Tokenise text into a corpus that training reads. Killed at any moment, the same command goes on.",
+    )
+    made.add_argument(
+        "items",
+        nargs="+",
+        metavar="SOURCE | CONFIG.yaml key=value",
+        help="files, folders, globs, hf:NAME, stdlib, or - for standard input; or a run's configuration file, whose "
+        "data section is used, and keys of it like data.source=text data.path=my.txt",
+    )
+    made.add_argument("--source", choices=["text", "jsonl", "parquet"], help="the kind of file (default: by suffix)")
+    made.add_argument("--tokenizer", help="bytes (the default), a tokenizers .json file, or a Hugging Face name")
+    made.add_argument("--out", metavar="DIR", help="the corpus' folder (default: runs/data/<fingerprint>)")
+    made.add_argument("--text-key", help="the field or column that holds a document's text (default: text)")
+    made.add_argument("--subset", help="the Hugging Face dataset's configuration name")
+    made.add_argument("--split", help="the Hugging Face dataset's split (default: train)")
+    made.add_argument("--validation-fraction", type=float, help="the share of documents held out (default: 0.02)")
+    made.add_argument("--shard-tokens", type=int, help="tokens per shard file (default: 2**27)")
+    made.add_argument(
+        "--jobs", type=int, default=cores(), help="processes that tokenise (default: the cores, %(default)s)"
+    )
+    made.add_argument("--seq-len", type=int, help="also say how whole documents would be packed into such windows")
+    made.add_argument(
+        "--measure",
+        action="store_true",
+        help="tokenise into a folder that is thrown away, and compare the speed with the tokenizers library's own",
+    )
+    made.add_argument("--rounds", type=int, default=3, help="times that --measure does so, of which the best counts")
+    made.add_argument("--json", metavar="FILE", help="where --measure writes its figures")
+    return made
+
+
+def cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def section(options: argparse.Namespace) -> DataConfig:
+    """The ``data`` section that a command line means.
+
+    Raises:
+        ConfigError, DataError: naming the argument or key.
+    """
+    items = options.items
+    given = {key: value for key in OF_SOURCES if (value := getattr(options, key)) is not None}
+    if "source" not in given and _is_config(items[0]):
+        if given:
+            raise DataError(f"--{next(iter(given)).replace('_', '-')} was given beside a configuration; use key=value")
+        overrides = dict(parse_override(text) for text in items[1:])
+        run = apply_overrides(load_config(items[0]), overrides)
+        return validate(DataConfig, run.get("data") or {}, place="data")
+    data: dict[str, Any] = given
+    if "out" in data:
+        data["folder"] = data.pop("out")
+    alone = [item for item in items if item in (STDIN, "stdlib") or item.startswith("hf:")]
+    if alone and len(items) > 1:
+        raise DataError(f"SOURCE was {' '.join(items)}; {alone[0]} must stand alone")
+    if items[0] == "stdlib":
+        return validate(DataConfig, data | {"source": "stdlib"}, place="data")
+    if items[0].startswith("hf:"):
+        return validate(DataConfig, data | {"source": "hf", "name": items[0].removeprefix("hf:")}, place="data")
+    data["path"] = items[0] if len(items) == 1 else items
+    data.setdefault("source", "text" if items[0] == STDIN else kind_of(items))
+    return validate(DataConfig, data, place="data")
+
+
+def _is_config(item: str) -> bool:
+    """Whether an argument is a configuration: by its suffix, or, being no file here, as one that the package has."""
+    if item.endswith((".yaml", ".yml")):
+        return True
+    if Path(item).exists():
+        return False
+    try:
+        find_config(item)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare the corpus of a configuration, or verify the one that is there, and print what it holds."""
-    parser = argparse.ArgumentParser(prog="palimpsest-data", description="Tokenise the corpus of a configuration.")
-    parser.add_argument("config", help="a run's configuration file; its data section is used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="like data.source=text data.path=my.txt")
-    options = parser.parse_args(arguments)
+    """Prepare the corpus of sources or of a configuration, or verify the one that is there; print what it holds."""
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.perf_counter()
     try:
-        overrides = dict(parse_override(text) for text in options.overrides)
-        run = apply_overrides(load_config(options.config), overrides)
-        corpus = prepare(validate(DataConfig, run.get("data") or {}, place="data"))
+        for key in ("jobs", "rounds", "seq_len"):
+            if (value := getattr(options, key)) is not None and value < 1:
+                raise DataError(f"--{key.replace('_', '-')} was {value}; it must be at least 1")
+        config = section(options)
+        if options.measure:
+            return measured(config, options)
+        corpus = prepare(config, jobs=options.jobs)
+        shown = list(corpus.corpora.values()) if isinstance(corpus, MixtureCorpus) else [corpus]
+        for each in shown:
+            tell(each, options.jobs, options.seq_len)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{', '.join(str(each.folder) for each in shown)} ready in {time.perf_counter() - began:.1f} s")
+    return 0
+
+
+def tell(corpus: Corpus, jobs: int, seq_len: int | None) -> None:
+    """Print what a corpus holds, how fast it was made, and how to train on it."""
     print(summary(corpus))
-    print(f"{corpus.folder} ready in {time.perf_counter() - began:.1f} s")
+    if corpus.seconds:
+        size = sum(entry["bytes"] for entry in corpus.manifest["splits"].values()) / 1e6
+        print(f"tokenised {size:,.1f} MB at {60 * size / corpus.seconds:,.0f} MB/min, jobs {jobs}")
+    if seq_len is not None:
+        print(packing(corpus, seq_len))
+    print(f"train on it: data.source=corpus data.folder={corpus.folder} data.tokenizer={corpus.tokenizer.name}")
+
+
+def measured(config: DataConfig, options: argparse.Namespace) -> int:
+    """``--measure``: print the figures, and write them where ``--json`` says."""
+    from .data_speed import measure, report
+
+    found = measure(config, options.jobs, options.rounds)
+    print(report(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -52,9 +52,22 @@ def encode(texts: list[bytes], opens: list[bool], tokenizer: Tokenizer, dtype: s
     lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
     tokens = np.concatenate([np.asarray(each).astype(dtype, copy=False) for each in (*found, np.empty(0, dtype))])
     sizes = np.array([len(text) for text in texts], dtype=np.int64)
-    ends = np.cumsum(lengths)
-    sums = np.concatenate([[0], np.cumsum(tokenizer.byte_counts[tokens])]).astype(np.int64)
-    return Encoded(tokens, lengths, sizes, sums[ends] - sums[ends - lengths], np.array(opens, dtype=bool), empty)
+    table = _table_bytes(tokens, lengths, tokenizer)
+    return Encoded(tokens, lengths, sizes, table, np.array(opens, dtype=bool), empty)
+
+
+def _table_bytes(tokens: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """The bytes of each part by ``tokenizer.byte_counts``, int64 [parts]."""
+    counts = tokenizer.byte_counts.astype(np.int32)
+    others = np.delete(counts, tokenizer.separator)  # the separator is in no text
+    if (others == others[0]).all():
+        return lengths * int(others[0])
+    sums = np.zeros(len(lengths), dtype=np.int64)
+    some = np.flatnonzero(lengths)  # reduceat has no notion of an empty part
+    if len(some):
+        begins = (np.cumsum(lengths) - lengths)[some]
+        sums[some] = np.add.reduceat(counts[tokens], begins, dtype=np.int64)
+    return sums
 
 
 def encode_piece(piece: Piece, text_key: str, tokenizer: Tokenizer, dtype: str) -> Encoded:

@@ -38,6 +38,7 @@ from .data import Corpus
 from .events import note, recording
 from .examples import ExampleSplit, TaskCorpus, answered
 from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory, read_metrics
+from .mixture import MixtureSplit
 from .parallel import World
 from .schedules import rate_of
 from .split import IGNORE, Batch, Split, derive
@@ -284,6 +285,8 @@ class Run:
     def validate(self, split: Split | ExampleSplit) -> Record:
         """Held-out loss (nats per token) and bits per byte, on the same first batches each time; or, of a task, the
         share of right answers to all of its examples."""
+        if isinstance(split, MixtureSplit):
+            return self.validate_each(split)
         settings = self.settings
         count = split.batches(batch_size=settings.batch_size, seq_len=settings.seq_len)
         if isinstance(split, Split):
@@ -314,6 +317,19 @@ class Run:
         bits = nats / math.log(2) / max(size, 1)
         self.progress.say(f"step {self.step}  validation loss {self.validation_loss:.4f}  {bits:.4f} bits per byte")
         return {"validation_loss": self.validation_loss, "validation_bits_per_byte": bits}
+
+    def validate_each(self, mixture: MixtureSplit) -> Record:
+        """``validate`` of every component of a mixture, and the mean of the components' losses by their shares."""
+        record: Record = {}
+        loss = bits = 0.0
+        for (label, part), share in zip(mixture.parts.items(), mixture.shares, strict=True):
+            self.progress.say(f"validation of {label}, {float(share):.3g} of the mixture")
+            found = self.validate(part)
+            record |= {f"{key}/{label}": value for key, value in found.items()}
+            loss += float(share) * found["validation_loss"]
+            bits += float(share) * found["validation_bits_per_byte"]
+        self.validation_loss = loss
+        return record | {"validation_loss": loss, "validation_bits_per_byte": bits}
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless it is there or the weights are not finite."""

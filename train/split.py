@@ -7,8 +7,13 @@ target is a real token of the corpus: at a document's end it is the separator th
 Training reads W = R // T windows an epoch, in a pseudo-random order that is computed per index (``permute``: nothing is
 shuffled in memory), from a starting point in the ring that is drawn anew each epoch, so that window borders move; the
 R mod T tokens left over are others each time. Validation reads windows in order from the start of the first document.
+
+Windows of whole documents (``whole``) are others: each holds documents that fit it together (``packing.py``), and what
+room they leave is padding, without targets. Training reads them in an order that is drawn anew each epoch; there and in
+validation every token of the corpus comes once an epoch, and every one has a target.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -16,8 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sources import DataError
+from .files import DataError
+from .packing import Plan, plan
 from .tokenizer import Tokenizer
+
+logger = logging.getLogger("palimpsest.train")
 
 IGNORE = -100
 """A target that no loss counts."""
@@ -86,6 +94,25 @@ class Batch(NamedTuple):
         return Batch(tokens, targets, borders)
 
 
+class Rows(NamedTuple):
+    """Windows: int64 tokens and targets [rows, seq_len], and where a document begins in each, from 0 on; None where
+    windows have no borders."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    borders: list[np.ndarray] | None
+
+    def batch(self) -> Batch:
+        """The windows as a batch; end to end in one row when they have borders."""
+        tokens, targets = torch.from_numpy(self.tokens), torch.from_numpy(self.targets)
+        if self.borders is None:
+            return Batch(tokens, targets)
+        count, seq_len = self.tokens.shape
+        ends = [row * seq_len + borders for row, borders in enumerate(self.borders)]
+        cu_seqlens = np.concatenate([*ends, [count * seq_len]]).astype(np.int32)
+        return Batch(tokens.view(1, -1), targets.view(1, -1), torch.from_numpy(cu_seqlens))
+
+
 class Split:
     """Tokens for training or for validation, memory-mapped, and their windows.
 
@@ -94,7 +121,8 @@ class Split:
         shards: one-dimensional arrays of unsigned integers; all but the last have the same length.
         offsets: int64 [documents + 1], where each document begins (its separator), and the number of tokens.
         byte_count: bytes of all the documents' text. table_bytes: the same by ``tokenizer.bytes_per_token``.
-        packed: whether windows of this split are cut at document borders (``cu_seqlens``).
+        packed: whether windows of this split are cut at document borders (``cu_seqlens``). whole: whether they hold
+            whole documents.
         where: the corpus' folder, for messages.
     """
 
@@ -108,9 +136,12 @@ class Split:
         byte_count: int,
         table_bytes: int,
         packed: bool = False,
+        whole: bool = False,
         where: str = "memory",
     ) -> None:
         self.name, self.tokenizer, self.packed, self.where = name, tokenizer, packed, where
+        self.whole = whole
+        self._plans: dict[int, Plan] = {}
         self.shards, self.offsets = list(shards), offsets
         self.tokens = sum(len(shard) for shard in self.shards)
         self.documents = len(offsets) - 1
@@ -136,6 +167,8 @@ class Split:
         """
         if seq_len < 1:
             raise ValueError(f"seq_len was {seq_len}; it must be at least 1")
+        if self.whole:
+            return self.plan(seq_len).windows
         if self.tokens < seq_len + 1:
             remedy = " or data.validation_fraction larger" if self.name == "validation" else ""
             raise DataError(
@@ -143,6 +176,17 @@ class Split:
                 f"{self.tokens} tokens; seq_len must be at most {max(self.tokens - 1, 0)}, or the corpus longer{remedy}"
             )
         return self.tokens // seq_len
+
+    def plan(self, seq_len: int) -> Plan:
+        """How whole documents make windows of ``seq_len`` tokens; the first call makes it, and tells of the padding."""
+        if seq_len not in self._plans:
+            made = self._plans[seq_len] = plan(self.offsets, seq_len)
+            logger.info(
+                "%s: %s whole documents in %s windows of %d tokens, %.2f%% of it padding; %s documents are longer",
+                *(self.name, f"{self.documents:,}", f"{made.windows:,}", seq_len),
+                *(100 * made.padding(seq_len), f"{made.cut:,}"),
+            )
+        return self._plans[seq_len]
 
     def batches(self, *, batch_size: int, seq_len: int) -> int:
         """The number of batches in an epoch, a last one that is not full counted."""
@@ -199,25 +243,49 @@ class Split:
         rows = range(batch_size) if rows is None else rows
         if len(rows) == 0 or min(rows) < 0 or max(rows) >= batch_size:
             raise ValueError(f"rows was {rows}; it must be rows of a batch of {batch_size}, and not empty")
-        return self.rows([step * batch_size + row for row in rows], seed=seed, seq_len=seq_len)
+        numbers = [step * batch_size + row for row in rows]
+        return self.rows(numbers, seed=seed, seq_len=seq_len).batch()
 
-    def rows(self, numbers: Sequence[int], *, seed: int, seq_len: int) -> Batch:
+    def rows(self, numbers: Sequence[int] | np.ndarray, *, seed: int, seq_len: int) -> Rows:
         """The windows with some numbers in the endless sequence of epochs; see ``batch``.
 
         Validation windows past the end of the split have no targets (all -100), so that every batch has one shape and
         a sum over batches counts each token once.
         """
-        starts, beyond = self._starts(np.asarray(numbers, dtype=np.int64), seed, seq_len)
+        read = self._whole_rows if self.whole else self._ring_rows
+        rows, beyond = read(np.asarray(numbers, dtype=np.int64), seed, seq_len)
+        rows.targets[beyond] = IGNORE
+        return rows if self.packed else rows._replace(borders=None)
+
+    def _ring_rows(self, numbers: np.ndarray, seed: int, seq_len: int) -> tuple[Rows, np.ndarray]:
+        """Windows of the ring, and which of them are beyond the end (validation only)."""
+        starts, beyond = self._starts(numbers, seed, seq_len)
         window = np.empty((len(starts), seq_len + 1), dtype=np.int64)
         for row, start in zip(window, starts.tolist(), strict=True):
             self._read_into(row, start)
-        tokens = torch.from_numpy(window[:, :-1].copy())
-        targets = torch.from_numpy(window[:, 1:].copy())
-        if beyond.any():
-            targets[torch.from_numpy(beyond)] = IGNORE
-        if not self.packed:
-            return Batch(tokens, targets)
-        return Batch(tokens.view(1, -1), targets.view(1, -1), self._borders(starts, seq_len))
+        borders = [self._borders(start, seq_len) for start in starts.tolist()] if self.packed else None
+        return Rows(window[:, :-1].copy(), window[:, 1:].copy(), borders), beyond
+
+    def _whole_rows(self, numbers: np.ndarray, seed: int, seq_len: int) -> tuple[Rows, np.ndarray]:
+        """Windows of whole documents, and which of them are beyond the end (validation only)."""
+        made = self.plan(seq_len)
+        epochs, places = np.divmod(numbers, made.windows)
+        if self.name != "validation":
+            for epoch in np.unique(epochs).tolist():
+                here = epochs == epoch
+                places[here] = permute(places[here], made.windows, derive(seed, epoch, 0))
+        tokens = np.full((len(places), seq_len), self.tokenizer.separator, dtype=np.int64)
+        targets = np.full((len(places), seq_len), IGNORE, dtype=np.int64)
+        borders = []
+        for row, place in enumerate(places.tolist()):
+            pieces = slice(*made.borders[place : place + 2].tolist())
+            ends = np.cumsum(made.lengths[pieces])
+            begins = ends - made.lengths[pieces]
+            for start, begin, end in zip(made.starts[pieces].tolist(), begins.tolist(), ends.tolist(), strict=True):
+                found = self.read(start, end - begin + 1)  # what follows a document is the separator of another
+                tokens[row, begin:end], targets[row, begin:end] = found[:-1], found[1:]
+            borders.append(np.append(begins, ends[-1:][ends[-1:] < seq_len]))  # padding stands alone, too
+        return Rows(tokens, targets, borders), (epochs > 0) & (self.name == "validation")
 
     def _starts(self, numbers: np.ndarray, seed: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Where windows begin in the ring, int64, and which of them are beyond the end (validation only)."""
@@ -231,14 +299,10 @@ class Split:
             places[here] = (order * seq_len + derive(seed, epoch, 1) % self.tokens) % self.tokens
         return places, np.zeros(len(numbers), dtype=bool)
 
-    def _borders(self, starts: np.ndarray, seq_len: int) -> Tensor:
-        """``cu_seqlens`` of windows laid end to end: a border at each window's start and each document's start."""
-        borders = []
-        for row, start in enumerate(starts.tolist()):
-            inside = [np.zeros(1, dtype=np.int64)]
-            for turn in (0, self.tokens):  # the ring's end may lie inside of the window
-                first, last = np.searchsorted(self.offsets, (start + 1 - turn, start + seq_len - turn))
-                inside.append(self.offsets[first : min(last, self.documents)] + (turn - start))
-            borders.append(row * seq_len + np.concatenate(inside))
-        borders.append(np.array([len(starts) * seq_len]))
-        return torch.from_numpy(np.concatenate(borders).astype(np.int32))
+    def _borders(self, start: int, seq_len: int) -> np.ndarray:
+        """Where documents begin in a window of the ring: at its start, and at each document's start."""
+        inside = [np.zeros(1, dtype=np.int64)]
+        for turn in (0, self.tokens):  # the ring's end may lie inside of the window
+            first, last = np.searchsorted(self.offsets, (start + 1 - turn, start + seq_len - turn))
+            inside.append(self.offsets[first : min(last, self.documents)] + (turn - start))
+        return np.concatenate(inside)

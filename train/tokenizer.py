@@ -1,5 +1,7 @@
 """Tokenizers: bytes (nothing to download), a ``tokenizers`` JSON file, or any Hugging Face name.
 
+``python -m palimpsest.train.tokenizer SOURCE... --vocab-size N --out tokenizer.json`` trains one (``vocabulary.py``).
+
 Every tokenizer has one document separator. In a corpus it opens each document, so that it is both the first token a
 model is given and what it must predict where a document ends.
 """
@@ -7,6 +9,7 @@ model is given and what it must predict where a document ends.
 import hashlib
 import json
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -224,3 +227,14 @@ def _from_hugging_face(name: str) -> Tokenizer:
     if separator is None:
         raise DataError(f"data.tokenizer was {name!r}; it must have an eos, bos or sep token to separate documents")
     return VocabularyTokenizer(name, found.backend_tokenizer, separator)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a byte-level vocabulary on a corpus; see ``vocabulary.py``."""
+    from .vocabulary import command
+
+    return command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.train import build, data, shards
+from palimpsest.train import build, shards
+from palimpsest.train import prepare as preparing
+from palimpsest.train import tokenizer as tokenizers
 from palimpsest.train.data import Corpus, DataConfig, DataError, main, prepare
 
 
@@ -133,7 +135,7 @@ def test_packed_and_stream_are_the_same_corpus(here):
 def test_a_larger_vocabulary_takes_wider_tokens(here, monkeypatch):
     texts = write_documents()
 
-    class Words(data.Tokenizer):
+    class Words(tokenizers.Tokenizer):
         """A number per distinct document, to have large ids and inexact byte counts."""
 
         name, vocab_size, separator, identity = "words", 70000, 69999, {"name": "words"}
@@ -145,7 +147,7 @@ def test_a_larger_vocabulary_takes_wider_tokens(here, monkeypatch):
         def decode(self, tokens):
             raise NotImplementedError
 
-    monkeypatch.setattr(data, "load_tokenizer", lambda name: Words())
+    monkeypatch.setattr(preparing, "load_tokenizer", lambda name: Words())
     corpus = make()
     split = corpus.split("train")
     assert split.bytes + corpus.split("validation").bytes == sum(map(len, texts))
