@@ -125,7 +125,7 @@ class DataConfig(Strict):
             try:
                 self.component(index)
             except ConfigError as error:
-                raise ValueError(f"data.mixture.{index}: {error}") from None
+                raise ValueError(str(error)) from None
         labels = [self.label(index) for index in range(len(self.mixture))]
         if len(set(labels)) < len(labels):
             raise ValueError(f"data.mixture had the labels {labels}; each component must have one of its own (label)")

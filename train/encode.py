@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,11 +96,11 @@ def encoded(
     stream = _until_error(pieces)
     first = list(islice(stream, FEW)) if jobs > 1 else []
     if len(first) < FEW:
-        for piece in (*first, *stream):
+        for piece in chain(first, stream):
             yield _sound(piece), here(_sound(piece))
         return
     with Workers(jobs, (text_key, tokenizer, dtype)) as workers:
-        yield from in_order(_chained(first, stream), workers, jobs)
+        yield from in_order(chain(first, stream), workers, jobs)
 
 
 def in_order(
@@ -143,11 +143,6 @@ def _until_error(pieces: Iterable[Piece]) -> Iterator[Piece | Exception]:
         yield from pieces
     except Exception as error:
         yield error
-
-
-def _chained(first: Iterable[Piece | Exception], rest: Iterable[Piece | Exception]) -> Iterator[Piece | Exception]:
-    yield from first
-    yield from rest
 
 
 class Workers:

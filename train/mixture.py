@@ -67,9 +67,15 @@ class MixtureSplit(Split):
 
     def batches(self, *, batch_size: int, seq_len: int) -> int:
         """The number of batches until the first component has been read once, a last one that is not full counted."""
-        counts = (part.windows(seq_len) for part in self.parts.values())
-        fewest = min(int(count / share) for count, share in zip(counts, self.shares, strict=True))
-        return -(-max(fewest, 1) // batch_size)
+        counts = np.array([part.windows(seq_len) for part in self.parts.values()])
+        fewest = min(int(count / share) for count, share in zip(counts.tolist(), self.shares, strict=True))
+        block = max(0, fewest // BLOCK - 1)  # in the blocks before no component can have come to its end
+        while True:
+            component, number = self.drawn(np.arange(block * BLOCK, (block + 1) * BLOCK), 0)
+            again = number >= counts[component]
+            if again.any():
+                return -(-(block * BLOCK + int(again.argmax())) // batch_size)
+            block += 1
 
     def rows(self, numbers: Sequence[int] | np.ndarray, *, seed: int, seq_len: int) -> Rows:
         """The windows with some numbers in the endless sequence; see the module."""
@@ -89,7 +95,9 @@ class MixtureSplit(Split):
         return Rows(tokens, targets, borders)
 
     def drawn(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The component that each window comes from, and its number in that component's sequence, int64."""
+        """The component that each window comes from, and its number in that component's sequence, int64; of validation
+        whatever the seed is."""
+        seed = 0 if self.name == "validation" else seed
         blocks, places = np.divmod(numbers, BLOCK)
         component, number = np.empty_like(numbers), np.empty_like(numbers)
         for block in np.unique(blocks).tolist():

@@ -65,6 +65,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
         lengths: integers from 1 to ``capacity``.
     """
     bins = np.empty(len(lengths), dtype=np.int64)
+    if not len(lengths):
+        return bins
     order = np.argsort(-lengths, kind="stable")
     sizes, firsts = np.unique(-lengths[order], return_index=True)
     room = _Room(capacity)

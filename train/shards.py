@@ -59,7 +59,7 @@ class FileWriter:
         self.path, self.size = path, size
         self._stream, self._digest = open(path, "r+b" if size else "wb"), hashlib.sha256()  # noqa: SIM115
         left = size
-        while left and (block := self._stream.read(min(left, 2**22))):
+        while left and (block := self._stream.read(min(left, 2**18))):
             self._digest.update(block)
             left -= len(block)
         if left:

@@ -33,6 +33,9 @@ PIECE = 4 * 2**20
 LONGEST = 8 * 2**20
 """Bytes of a document that are tokenised at once, at most."""
 
+ROWS = 256
+"""Rows of parquet files that are read at once."""
+
 
 class Document(NamedTuple):
     """One document: UTF-8 text without NUL bytes (it may be empty), and where it came from, for messages."""
@@ -373,7 +376,7 @@ def _batches(table: Any, path: Path, text_key: str, row: int) -> Iterator[list[A
     while group < groups and row >= table.metadata.row_group(group).num_rows:
         row -= table.metadata.row_group(group).num_rows
         group += 1
-    for batch in table.iter_batches(batch_size=256, row_groups=range(group, groups), columns=[text_key]):
+    for batch in table.iter_batches(batch_size=ROWS, row_groups=range(group, groups), columns=[text_key]):
         yield batch.column(0).to_pylist()[row:]
         row = max(0, row - batch.num_rows)
 

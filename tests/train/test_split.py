@@ -13,14 +13,17 @@ from palimpsest.train.tokenizer import ByteTokenizer
 any_corpus = settings(deadline=None, database=None, derandomize=True, max_examples=60)
 
 
-def make_split(lengths: list[int], name: str = "train", packed: bool = False, shard: int = 7) -> Split:
+def make_split(
+    lengths: list[int], name: str = "train", packed: bool = False, shard: int = 7, whole: bool = False
+) -> Split:
     """A split of documents of the given lengths: separator 0, then bytes 1 to 255 in a long cycle."""
     documents = [np.r_[0, 1 + (np.arange(n) * 7 + i * 31) % 255] for i, n in enumerate(lengths)]
     ring = np.concatenate(documents).astype(np.uint8)
     offsets = np.cumsum([0, *map(len, documents)])
     shards = [ring[i : i + shard] for i in range(0, len(ring), shard)]
     size = sum(lengths)
-    return Split(name, shards, offsets, ByteTokenizer(), byte_count=size, table_bytes=size, packed=packed)
+    counts = {"byte_count": size, "table_bytes": size}
+    return Split(name, shards, offsets, ByteTokenizer(), **counts, packed=packed, whole=whole)
 
 
 def ring_of(split: Split) -> np.ndarray:
@@ -107,9 +110,16 @@ def test_documents_are_read_whole():
 
 
 @any_corpus
-@given(lengths=corpora, seed=seeds, step=st.integers(0, 30), ranks=st.sampled_from([1, 2, 3, 6]), packed=st.booleans())
-def test_slices_of_ranks_make_the_global_batch(lengths, seed, step, ranks, packed):
-    split = make_split([40, *lengths], packed=packed)
+@given(
+    lengths=corpora,
+    seed=seeds,
+    step=st.integers(0, 30),
+    ranks=st.sampled_from([1, 2, 3, 6]),
+    packed=st.booleans(),
+    whole=st.booleans(),
+)
+def test_slices_of_ranks_make_the_global_batch(lengths, seed, step, ranks, packed, whole):
+    split = make_split([40, *lengths], packed=packed, whole=whole)
     whole = split.batch(step, seed=seed, batch_size=6, seq_len=16)
     share = 6 // ranks
     parts = [
