@@ -164,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (value := getattr(options, key)) is not None and value < 1:
                 raise DataError(f"--{key.replace('_', '-')} was {value}; it must be at least 1")
         config = section(options)
+        if options.jobs == 1:  # in this process, and then by one thread of the tokenizers library, too
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if options.measure:
             return measured(config, options)
         corpus = prepare(config, jobs=options.jobs)

@@ -254,7 +254,10 @@ def test_standard_library_reads_declared_encodings_and_names_bad_ones(here, monk
         ({"mixture": [{"folder": "x", "weight": 1}], "folder": "y"}, "data.folder was 'y'; it must be null beside"),
         ({"mixture": [{"folder": "x", "weight": 0}]}, "data.mixture.0.weight was 0; it must be greater than 0"),
         ({"mixture": [{"folder": "x"}]}, "data.mixture.0.weight"),
-        ({"mixture": [{"path": "x", "weight": 1}]}, "data.mixture.0: data.path was 'x'; it must be null with data.source 'corpus'"),
+        (
+            {"mixture": [{"path": "x", "weight": 1}]},
+            "data.mixture.0: data.path was 'x'; it must be null with data.source 'corpus'",
+        ),
         ({"mixture": [{"folder": "a/x", "weight": 1}, {"folder": "b/x", "weight": 1}]}, r"labels \['x', 'x'\]"),
         ({"reset": True}, "data.reset was True; it must be null or False with data.documents 'stream'"),
         (
