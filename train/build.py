@@ -72,16 +72,20 @@ def build(folder: Path, config: DataConfig, tokenizer: Tokenizer, about: dict[st
     with _held(beside, folder) as mine:
         if not mine:
             return False
+        first = True
         try:
             _clear_of_others(beside, about["fingerprint"])
             if not (beside / MANIFEST).exists():
                 write_manifest(beside, tokenise(beside, config, tokenizer, about=about, jobs=jobs) | about)
-            (beside / PROGRESS).unlink(missing_ok=True)
+            for path in (beside / PROGRESS, *beside.glob("tail-*.bin")):  # only now: what goes on needs them
+                path.unlink(missing_ok=True)
             try:
                 os.rename(beside, folder)
             except OSError:
                 if not (folder / MANIFEST).exists():  # else another process was first, and its corpus is as good
                     raise
+                first = False
+                shutil.rmtree(beside, ignore_errors=True)
             sync_folder(folder.parent)
         except Exception as error:
             if isinstance(error, DataError) or not (beside / PROGRESS).exists():
@@ -89,9 +93,7 @@ def build(folder: Path, config: DataConfig, tokenizer: Tokenizer, about: dict[st
             else:
                 logger.warning("what is done stays in %s; the same command goes on with it", beside)
             raise
-        lost = beside.exists()
-        shutil.rmtree(beside, ignore_errors=True)
-        return not lost
+        return first
 
 
 @contextmanager
@@ -247,9 +249,6 @@ class Making:
         if self.cut:
             self._hold_out_tail(*self.cut)
         splits = {name: writer.finish() for name, writer in self.splits.items()}
-        self.close()
-        for path in self.folder.glob("tail-*.bin"):
-            path.unlink()
         if self.empty:
             logger.info("%d empty documents left out", self.empty)
         return {"dtype": self.dtype, "empty_documents": self.empty, "splits": splits}

@@ -1,6 +1,6 @@
 """Reading text: local files, standard input, Hugging Face datasets, and the Python standard library's own sources.
 
-A source is read once, in a fixed order, in pieces of a few megabytes, and can be read on from the end of any piece
+A source is read once, in a fixed order, in pieces of about a megabyte, and can be read on from the end of any piece
 (:class:`Place`). Reading (:func:`pieces`, in one process) only moves bytes; what they hold is parsed and checked by
 :func:`parse`, wherever a piece is tokenised. Documents are UTF-8 text without NUL bytes; anything else is refused,
 naming the file and the place in it.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # see files.py
 
 __all__ = ["DataError", "Document", "Part", "Piece", "Place", "documents", "files", "parse", "pieces", "source_digest"]
 
-PIECE = 4 * 2**20
+PIECE = 2**20
 """Bytes of a source that are handed on together, about."""
 LONGEST = 8 * 2**20
 """Bytes of a document that are tokenised at once, at most."""

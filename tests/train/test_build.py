@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -253,9 +254,22 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(here, monkeypatch, case):
             assert in_child(given, stdin=stdin) == 0
         assert (content(), Path("corpus/manifest.json").read_bytes()) == (expected, manifest), (first, second)
         assert not list(Path().glob(".*"))
-        for path in Path("old").iterdir():
-            path.unlink()
-        Path("old").rmdir()
+        shutil.rmtree("old")
+
+
+def test_killed_while_the_end_is_held_out_it_does_not_start_anew(here, caplog):
+    """At each of the last touches, where the train split is cut back, what is noted is still there."""
+    texts = write_documents(24)
+    given = config(validation_fraction=0.004)
+    assert in_child(given) == 0
+    touches = int(Path("touches").read_text())
+    caplog.set_level("INFO", "palimpsest.train")
+    for before_the_end in range(2, 22, 3):
+        shutil.rmtree("corpus")
+        assert in_child(given, touches - before_the_end) == -signal.SIGKILL
+        prepare(given)
+        assert content() == plain_loop(texts, 0.004, 700)
+    assert "going on with" in caplog.text and "starting anew" not in caplog.text
 
 
 def test_what_is_done_is_not_done_again(here, monkeypatch):
