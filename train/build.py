@@ -345,8 +345,9 @@ class Making:
 
 def _select(content: Encoded, chosen: np.ndarray) -> Encoded:
     """The chosen parts."""
-    rows = (part[chosen] for part in (content.lengths, content.sizes, content.table, content.opens))
-    return Encoded(content.tokens[np.repeat(chosen, content.lengths)], *rows, content.empty)
+    tokens = content.tokens[np.repeat(chosen, content.lengths)]
+    lengths, sizes, table, opens = (part[chosen] for part in content[1:5])
+    return Encoded(tokens, lengths, sizes, table, opens, content.empty)
 
 
 class Meter:

@@ -23,6 +23,8 @@ class Corpus:
         checksum: sha256 over the checksums of its files, in order: equal corpora have equal ones.
     """
 
+    seconds: float | None = None
+
     def __init__(
         self,
         folder: Path,

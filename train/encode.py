@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def encode_piece(piece: Piece, text_key: str, tokenizer: Tokenizer, dtype: str) 
 
 def encoded(
     pieces: Iterable[Piece], text_key: str, tokenizer: Tokenizer, dtype: str, jobs: int
-) -> Iterator[tuple[Piece, Encoded]]:
+) -> Generator[tuple[Piece, Encoded], None, None]:
     """Each piece with what it became, in order, by ``jobs`` worker processes; by none for one job or few pieces.
 
     Raises:

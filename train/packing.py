@@ -1,8 +1,8 @@
 """Whole documents in windows of a fixed length: best-fit decreasing packing.
 
-"Fewer Truncations Improve Language Modeling" (Ding et al. 2024, its best-fit packing): a document longer than a window is split
-into full windows and a rest; then all pieces, from the longest to the shortest, each go into the fullest window that
-still has room for it, or into a new one. No document that fits a window is cut, and few tokens are padding.
+Best-fit packing of "Fewer Truncations Improve Language Modeling" (Ding et al. 2024): a document longer than a window is
+split into full windows and a rest; then all pieces, from the longest to the shortest, each go into the fullest window
+that still has room for it, or into a new one. No document that fits a window is cut, and few tokens are padding.
 """
 
 from typing import NamedTuple

@@ -407,6 +407,9 @@ def test_the_command_takes_sources(here, capsys):
     assert by_keys.checksum == corpus.checksum
     assert main(["x.jsonl", "--out", "there", "--validation-fraction", "0"]) == 0  # found and verified
     assert "tokenised" not in capsys.readouterr().out
+    Path("run.yaml").write_text("data: {source: corpus, folder: there}\n")
+    assert main(["run.yaml"]) == 0
+    assert f"checksum {corpus.checksum}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
