@@ -99,7 +99,8 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _folders_and_mixtures(self) -> "DataConfig":
-        if "-" in (self.path or ()) and (self.path != "-" or self.source == "parquet"):
+        paths = self.path if isinstance(self.path, list) else [self.path]
+        if "-" in paths and (self.path != "-" or self.source == "parquet"):
             raise ValueError(
                 f"data.path was {self.path!r} with data.source {self.source!r}; '-' must stand alone, for text or jsonl"
             )

@@ -80,6 +80,8 @@ def test_the_command_takes_sources(here, capsys):
         (["d"], {"source": "jsonl", "path": "d"}),
         (["*.txt", "d2"], {"source": "text", "path": ["*.txt", "d2"]}),
         (["*.parquet", "--text-key", "body"], {"source": "parquet", "path": "*.parquet", "text_key": "body"}),
+        (["a-b.md", "a.txt"], {"source": "text", "path": ["a-b.md", "a.txt"]}),
+        (["a-b.md"], {"source": "text", "path": "a-b.md"}),
         (["run.yaml", "--source", "text"], {"source": "text", "path": "run.yaml"}),
         (["stdlib", "--tokenizer", "t.json"], {"source": "stdlib", "tokenizer": "t.json"}),
         (["hf:some/name", "--split", "test"], {"source": "hf", "name": "some/name", "split": "test"}),
@@ -91,7 +93,7 @@ def test_the_command_takes_sources(here, capsys):
 def test_kinds_are_told_by_suffix(here, items, expected):
     Path("d").mkdir()
     Path("d2").mkdir()
-    for name in ("x.jsonl", "d/a.jsonl.gz", "d/b.ndjson", "a.txt", "d2/b.md", "c.parquet"):
+    for name in ("x.jsonl", "d/a.jsonl.gz", "d/b.ndjson", "a.txt", "d2/b.md", "c.parquet", "a-b.md"):
         Path(name).write_text("x")
     Path("run.yaml").write_text("data: {source: text, path: x.txt}\n")
     assert section(parser().parse_args(items)) == DataConfig(**expected)
