@@ -18,6 +18,7 @@ import numpy as np
 
 from .corpus import Corpus
 from .files import DataError
+from .shards import SPLITS, Counts
 from .split import Rows, Split, derive, permute
 
 logger = logging.getLogger("palimpsest.train")
@@ -157,7 +158,12 @@ class MixtureCorpus(Corpus):
             f"{corpus.checksum}:{weight!r}" for corpus, weight in zip(corpora.values(), weights, strict=True)
         )
         self.checksum = self.fingerprint = hashlib.sha256(text.encode("ascii")).hexdigest()
-        self.manifest = {"splits": {}, "mixture": {label: corpus.manifest for label, corpus in corpora.items()}}
+        manifests = {label: corpus.manifest for label, corpus in corpora.items()}
+        splits = {
+            name: {key: sum(each["splits"][name][key] for each in manifests.values()) for key in Counts._fields}
+            for name in SPLITS
+        }
+        self.manifest = {"splits": splits, "mixture": manifests}
 
     def split(self, name: str, documents: str | None = None) -> MixtureSplit:
         """The ``train`` or the ``validation`` split of every component; components without validation are left out.

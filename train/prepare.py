@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .build import build
+from .build import build as build_corpus
 from .corpus import Corpus
 from .data_config import DataConfig
 from .files import DataError, source_digest
@@ -21,10 +21,11 @@ logger = logging.getLogger("palimpsest.train")
 FORMAT = 1
 
 
-def prepare(config: DataConfig, *, verify: bool = True, jobs: int = 1) -> Corpus:
+def prepare(config: DataConfig, *, verify: bool = True, build: bool = True, jobs: int = 1) -> Corpus:
     """The corpus that a configuration describes: tokenised now, or found and verified; or the mixture of several.
 
     Args:
+        build: False: only a corpus that is there.
         jobs: processes that tokenise, where that is still to do; the corpus does not depend on it.
         verify: whether the checksums of a corpus that is found are computed, which reads it once. Without, only the
             files' sizes are compared; for ranks of a node where another one verifies.
@@ -38,7 +39,7 @@ def prepare(config: DataConfig, *, verify: bool = True, jobs: int = 1) -> Corpus
     if config.task is not None:
         raise DataError(f"data.task was {config.task!r}; it must be null where text is wanted: a task has no corpus")
     if config.source == "mixture":
-        return _mixture(config, verify, jobs)
+        return _mixture(config, verify, build, jobs)
     tokenizer = load_tokenizer(config.tokenizer)
     if config.source == "corpus":
         return _prepared(config, tokenizer, verify)
@@ -55,8 +56,10 @@ def prepare(config: DataConfig, *, verify: bool = True, jobs: int = 1) -> Corpus
     folder = given or Path("runs", "data", fingerprint[:16])
     began, built = time.monotonic(), False
     if not (folder / MANIFEST).exists():
+        if not build:
+            raise DataError(f"no corpus is in {folder} yet")
         about = {"identity": identity, "source": digest, "fingerprint": fingerprint}
-        built = build(folder, config, tokenizer, about, jobs)
+        built = build_corpus(folder, config, tokenizer, about, jobs)
     seconds = time.monotonic() - began if built else None
     manifest = read_manifest(folder)
     _check_identity(manifest, identity, digest, folder)
@@ -86,12 +89,12 @@ def _content(identity: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key != "name" or "sha256" not in identity}
 
 
-def _mixture(config: DataConfig, verify: bool, jobs: int) -> MixtureCorpus:
+def _mixture(config: DataConfig, verify: bool, build: bool, jobs: int) -> MixtureCorpus:
     """Every component, prepared or found and verified."""
     corpora: dict[str, Corpus] = {}
     for index in range(len(config.mixture)):
         try:
-            corpora[config.label(index)] = prepare(config.component(index), verify=verify, jobs=jobs)
+            corpora[config.label(index)] = prepare(config.component(index), verify=verify, build=build, jobs=jobs)
         except DataError as error:
             raise DataError(f"data.mixture.{index}: {error}") from error
     return MixtureCorpus(corpora, [component.weight for component in config.mixture])

@@ -167,6 +167,7 @@ def section(**keys: object) -> dict:
 def test_a_configuration_mixes_prepared_corpora(here):
     corpus = prepare(DataConfig(**section()))
     split = corpus.split("train")
+    assert corpus.manifest["splits"]["train"]["tokens"] == split.tokens
     assert list(split.parts) == ["a", "b"] and split.shares[0] > 2 * split.shares[1]
     batch = split.batch(0, seed=0, batch_size=1000, seq_len=8)
     letters = batch.tokens.amax(1).tolist()
