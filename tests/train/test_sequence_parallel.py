@@ -189,7 +189,7 @@ LOST = "self._sent[to, False] += 1; return None"
     ("what", "message"),
     [
         (LOST, "waited for the .*: message 9 was due, and message 10 came"),
-        ("os._exit(7)", "(waited for|could not send) the .*onnection"),
+        ("os._exit(7)", "(waited for|could not send) .*onnection"),
         ("time.sleep(4); os._exit(7)", "waited for the .*, 2 s at most: "),
     ],
 )
