@@ -60,6 +60,10 @@ class TrainConfig(OptimizerKeys):
     parallel: Literal["none", "ddp", "fsdp"] = "none"
     fsdp_shard: Count | None = None
     """Processes that share one copy of the parameters; null: all. Fewer make a hybrid mesh of replicas."""
+    sequence_parallel: Count = 1
+    """Processes that share each sequence, every one a part of its tokens; see :mod:`.sequence`."""
+    sequence_timeout: Positive = 600.0
+    """Seconds that one of them waits for another's message before the run ends."""
     log_every: Count = 10
     diagnostics_every: Natural = 100
     """Steps between diagnostics of the memory layers; 0: none."""
@@ -97,18 +101,33 @@ class TrainConfig(OptimizerKeys):
             raise ValueError(f"train.betas was {list(self.betas)}; both must be less than 1")
         if self.fsdp_shard is not None and self.parallel != "fsdp":
             raise ValueError(f"train.fsdp_shard was {self.fsdp_shard}; it must be null unless train.parallel is fsdp")
+        if self.sequence_parallel > 1:
+            if self.compile:
+                raise ValueError("train.compile was true; it must be false with train.sequence_parallel")
+            if self.seq_len < self.sequence_parallel:
+                size = self.sequence_parallel
+                raise ValueError(
+                    f"train.sequence_parallel was {size}; it must be at most train.seq_len = {self.seq_len}"
+                )
         check_optimizer(self)
         return self
 
     def micro_batches(self, processes: int) -> tuple[int, int]:
-        """(micro batches, sequences in each) of one process per update.
+        """(micro batches, sequences in each) of one process per update; those that share sequences count as one.
 
         Raises:
-            ConfigError: when the batch does not divide evenly; names the keys.
+            ConfigError: when the batch or the processes do not divide evenly; names the keys.
         """
-        if self.batch_size % processes:
+        size = self.sequence_parallel
+        if processes % size:
             raise ConfigError(
-                f"train.batch_size was {self.batch_size}; it must be a multiple of the {processes} processes"
+                f"train.sequence_parallel was {size}; it must divide the number of processes, {processes}"
+            )
+        processes //= size
+        if self.batch_size % processes:
+            shared = f" that each hold {size} parts of a sequence" if size > 1 else ""
+            raise ConfigError(
+                f"train.batch_size was {self.batch_size}; it must be a multiple of the {processes} processes{shared}"
             )
         share = self.batch_size // processes
         size = self.micro_batch_size or share
@@ -149,6 +168,25 @@ class RunConfig(Strict):
             raise ValueError(f"train.seq_len was {was}; it must be more than a segment, model.hmt.segment = {segment}")
         return self
 
+    @model_validator(mode="after")
+    def _sequences_are_divisible(self) -> Self:
+        if self.train.sequence_parallel > 1:
+            reason = "with train.sequence_parallel"
+            if self.data.documents == "packed":
+                raise ValueError(f"data.documents was 'packed'; it must be 'stream' {reason}")
+            if self.model.huggingface is not None:
+                raise ValueError(
+                    f"model.huggingface was a section; it must be null {reason}: its cache is that library's"
+                )
+            if self.model.hmt is not None and self.train.parallel == "fsdp":
+                must = f"be ddp {reason} and model.hmt: parts pass through the backbone another number of times"
+                raise ValueError(f"train.parallel was 'fsdp'; it must {must}")
+            if self.model.hmt is not None and any(mixer.kind == "mixture" for mixer in self.model.mixer):
+                raise ValueError(
+                    f"model.hmt was a section; it must be null {reason} and a mixture: its router's losses"
+                )
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -168,7 +206,17 @@ FREE = frozenset(
         f"train.{key}"
         for key in ("out", "resume", "device", "threads", "compile", "activation_checkpointing", "parallel")
     }
-    | {f"train.{key}" for key in ("fsdp_shard", "micro_batch_size", "log_every", "diagnostics_every", "tensorboard")}
+    | {
+        f"train.{key}"
+        for key in (
+            "fsdp_shard",
+            "sequence_parallel",
+            "micro_batch_size",
+            "log_every",
+            "diagnostics_every",
+            "tensorboard",
+        )
+    }
     | {f"train.{key}" for key in ("validate_every", "validation_batches", "checkpoint_every", "keep_last")}
     | {"train.max_bad_steps", "data.folder", "name"}
 )

@@ -61,6 +61,11 @@ def plan(
         raise ConfigError(
             "model.huggingface was given; it must be null for a dry run, which counts blocks of this package"
         )
+    if config.train.sequence_parallel > 1:
+        was = config.train.sequence_parallel
+        raise ConfigError(
+            f"train.sequence_parallel was {was}; it must be 1 for a dry run, which counts whole sequences"
+        )
     if processes < 1:
         raise ConfigError(f"--processes was {processes}; it must be at least 1")
     if not 0 < mfu <= 1:

@@ -165,12 +165,14 @@ def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.o
         freeze_backbone(core)
     if settings.sltrain is not None:
         sltrain.apply(core, optim.hidden_matrices(core), settings.sltrain, config.seed)
-    if settings.activation_checkpointing:
+    if settings.activation_checkpointing and settings.sequence_parallel == 1:  # else: sequence/mixers.py
         parallel.checkpoint_blocks(core.blocks)
     if settings.compile:
         for block in core.blocks:
             block.compile()
-    model = parallel.distribute(core, core.blocks, settings.parallel, world, settings.fsdp_shard)
+    model: nn.Module = core  # of ddp with divided sequences: copies alone, for they sum up gradients themselves
+    if settings.sequence_parallel == 1 or settings.parallel != "ddp":
+        model = parallel.distribute(core, core.blocks, settings.parallel, world, settings.fsdp_shard)
     optimizer = optim.make(model, settings, config.seed)
     return core, model, optimizer
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from typing_extensions import Self
 
 from ..models import MemoryLM, Output, build
-from . import launch, optim, parallel, sltrain
+from . import launch, optim, parallel, sequence, sltrain
 from .board import GROUP, sample
 from .checkpoint import Checkpointer, step_of
 from .config import RunConfig
@@ -156,6 +156,8 @@ class Run:
         self.saved = -1
         self.loss: float | None = None
         self.validation_loss: float | None = None
+        self.sequence = sequence.start(config, world, core, model)
+        self.read: Callable[..., Any] = model if self.sequence is None else self.sequence.read
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
         self.flops = core.flops_per_token(self.settings.seq_len)
         self.peak = peak_flops(world.device, self.settings.precision)
@@ -178,7 +180,7 @@ class Run:
 
             log = _due(self.step, settings.log_every) or self.step == settings.steps
             if _due(self.step, settings.diagnostics_every):
-                record |= self.diagnose(batches[0])
+                record |= self.diagnose(self.share(self.split, self.step - 1, whole=True)[0])
             if self.held_out is not None and (_due(self.step, settings.validate_every) or self.step == settings.steps):
                 record |= self.validate(self.held_out)
                 self.write_sample()
@@ -201,15 +203,17 @@ class Run:
         counts = parallel.total(torch.tensor([valid, int(self.interrupt.asked)]))
         return batches, int(counts[0]), bool(counts[1])
 
-    def share(self, split: Split | ExampleSplit, index: int) -> list[Batch]:
-        """This process's rows of the global batch ``index``, in micro batches, in main memory."""
+    def share(self, split: Split | ExampleSplit, index: int, *, whole: bool = False) -> list[Batch]:
+        """This process's rows of the global batch ``index``, in micro batches, in main memory; its part of them where
+        processes share sequences, unless they are wanted ``whole``."""
         settings, size = self.settings, self.micro_size
         shape = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
-        first = self.world.rank * self.micro_batches * size
+        first = self.world.rank // settings.sequence_parallel * self.micro_batches * size
         rows = [range(first + i * size, first + (i + 1) * size) for i in range(self.micro_batches)]
         batches = [split.batch(index, seed=self.config.seed, rows=some, **shape) for some in rows]
         # What a model must not be judged by is no target.
-        return [batch._replace(targets=self.core.counted(batch.targets, None, batch.cu_seqlens)) for batch in batches]
+        batches = [b._replace(targets=self.core.counted(b.targets, None, b.cu_seqlens)) for b in batches]
+        return batches if self.sequence is None or whole else [self.sequence.cut(batch) for batch in batches]
 
     def update(self, batches: list[Batch], valid: int) -> Record:
         """One optimizer update from the micro batches; skipped when the loss or a gradient is not finite."""
@@ -218,7 +222,9 @@ class Run:
         rate = rate_of(settings, step)
         self.optimizer.zero_grad()
         loss_sum = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(batches):
+        if self.sequence is not None:
+            loss_sum += self.sequence.gradients(self, batches, valid)
+        for index, batch in enumerate(batches if self.sequence is None else []):
             with parallel.accumulate(self.model, last=index == len(batches) - 1):
                 loss_sum += self.backward(batch, valid)
         loss = float(parallel.total(loss_sum)) / max(valid, 1)
@@ -237,15 +243,20 @@ class Run:
         with self.autocast:
             output = self.forward(batch)
         assert output.loss_sum is not None  # it is there whenever there are targets
+        self.objective(output, valid).backward()
+        return output.loss_sum.detach()
+
+    def objective(self, output: Output, valid: int) -> Tensor:
+        """A micro batch's share of what is minimised."""
+        assert output.loss_sum is not None
         # ddp and fsdp take the mean of the processes' gradients; what is wanted is their sum. Further losses are means.
         whole = output.loss_sum * (self.world.size / max(valid, 1))
-        (whole + sum(output.aux.values()) / self.micro_batches).backward()
-        return output.loss_sum.detach()
+        return whole + sum(output.aux.values()) / self.micro_batches
 
     def forward(self, batch: Batch, **options: Any) -> Output:
         """The model's answer to a batch with its targets."""
         batch = batch.to(self.world.device)
-        return self.model(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets, **options)
+        return self.read(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets, **options)
 
     def _skip(self, loss: float, norm: float) -> None:
         self.bad += 1
@@ -302,7 +313,7 @@ class Run:
                 right = torch.zeros_like(size)
                 if isinstance(split, ExampleSplit):
                     batch = batch.to(self.world.device)
-                    right = answered(self.model(batch.tokens, return_state=False).logits, batch.targets)[0]
+                    right = answered(self.read(batch.tokens, return_state=False).logits, batch.targets)[0]
                 place = next(i for i, (_, stop) in enumerate(spans) if number < stop)
                 sums[place] += torch.stack([output.loss.double().sum(), output.valid.double(), size, right.double()])
         sums = parallel.total(sums)

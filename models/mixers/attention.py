@@ -49,21 +49,35 @@ class AttentionHeads(Mixer):
             q, k, v = split_rotary(qkv, self.heads, self.kv_heads, self.base, position, cu_seqlens)
         else:
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        y, cache = window_attention(
-            q,
-            k,
-            v,
-            window=self.window,
-            prefix=self.prefix(),
-            state=None if state is None else cache_as(state["cache"], k.dtype),
-            cu_seqlens=cu_seqlens,
-            return_state=return_state,
-        )
+        cache = None if state is None else cache_as(state["cache"], k.dtype)
+        y, cache = self.attend(q, k, v, cache, cu_seqlens, return_state)
         y = y.flatten(2)
         if not return_state:
             return y, None
         seen = x.new_full((batch,), length, dtype=torch.int32) if cu_seqlens is None else cu_seqlens.diff()
         return y, {"cache": cache, "position": seen if position is None else position + seen}
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: LayerState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, LayerState | None]:
+        """What q [B, T, H, D] sees of k, v [B, T, Hkv, D] and of the tokens in the cache: [B, T, H, D], and the cache
+        after them."""
+        return window_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            prefix=self.prefix(),
+            state=cache,
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
+        )
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """An empty cache."""
