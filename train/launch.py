@@ -22,6 +22,7 @@ from .data import Corpus, prepare
 from .examples import ExampleSplit, TaskCorpus
 from .float8 import use_float8
 from .parallel import World
+from .spikes import heeds_found_inf
 from .split import Split
 from .start import freeze_backbone, start_from
 
@@ -190,6 +191,9 @@ def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.o
     if late:
         meta.fill(model, config, world, begin)
     optimizer = optim.make(model, settings, config.seed)
+    if not heeds_found_inf(optimizer):
+        name = type(optimizer).__name__
+        logger.info("%s knows no found_inf: the host reads each step's verdict before the update", name)
     return core, model, optimizer
 
 
