@@ -59,6 +59,7 @@ EXTRAS = {
     "lm-eval": HF + DATA + LM_EVAL,
     "plot": PLOT,
     "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
+    "fp8": ["torchao>=0.10; platform_system == 'Linux'"],
     "dev": TOOLS + DATA + HF + PLOT,
 }
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -338,26 +339,44 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MemoryLM:
         FileNotFoundError: when one of the two is not there.
         ValueError: when they are damaged or do not fit each other.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} not found: {folder} is not the folder of a finished run")
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if about.get("schema") != SCHEMA:
-        raise ValueError(f"{folder / 'config.json'} was of schema {about.get('schema')}; it must be {SCHEMA}")
-    config = validate(ModelConfig, about["model"], "model")
-    with torch.device("meta" if config.huggingface is None else device):  # there are buffers that no file holds
-        model = make(config)
+    config = _config_of(folder / "config.json")
     try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+        if config.layers > len(sizes):  # before as many are made
+            raise ValueError(f"it holds {len(sizes)} tensors, fewer than model.layers = {config.layers}")
+        with torch.device("meta" if config.huggingface is None else device):  # there are buffers that no file holds
+            model = make(config)
+        needed = sum(value.numel() for value in model.state_dict().values())
+        if needed > sum(sizes):
+            raise ValueError(f"it holds {sum(sizes)} numbers, and the model has {needed}")
         if config.huggingface is None:  # and not the file's own pages: their alignment changes products' rounding
             model = model.to_empty(device=device)
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from None
     return model
+
+
+def _config_of(path: Path) -> ModelConfig:
+    """The model's configuration in a config.json; ValueError for a file that holds none."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not JSON: {type(error).__name__}: {error}") from None
+    if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+        was = about.get("schema") if isinstance(about, dict) else type(about).__name__
+        raise ValueError(f"{path} was of schema {was}; it must be {SCHEMA}")
+    if not isinstance(about.get("model"), dict):
+        raise ValueError(f"{path} has no section model; it must say which model the weights are of")
+    return validate(ModelConfig, about["model"], "model")
 
 
 def stream(model: MemoryLM, tokens: Tensor, chunk: int, state: State | None = None) -> Iterator[tuple[Tensor, State]]:

@@ -123,21 +123,49 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> State:
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {}).get("palimpsest.state", "{}"))
             flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"state file {str(path)!r} is damaged or not a safetensors file: {error}") from None
-    if about.get("schema") != str(SCHEMA):
-        raise ValueError(
-            f"{str(path)!r} was of state schema {about.get('schema')}; it must be a state of schema {SCHEMA}"
-        )
-    layers: list[Tree] = [{} for _ in range(int(about["layers"]))]
+    except (SafetensorError, ValueError, KeyError, RuntimeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"state file {str(path)!r} is damaged or not a safetensors file: {what}") from None
+    if not isinstance(about, dict) or about.get("schema") != str(SCHEMA):
+        schema = about.get("schema") if isinstance(about, dict) else about
+        raise ValueError(f"{str(path)!r} was of state schema {schema}; it must be a state of schema {SCHEMA}")
+    try:
+        layers = _layers(flat, about.get("layers"))
+        position, fingerprint = flat["position"], about["fingerprint"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"state file {str(path)!r} holds no whole state: {error}") from None
+    if position.dtype != torch.int64 or position.dim() != 1 or not isinstance(fingerprint, str):
+        was = f"a position {position.dtype} {tuple(position.shape)} of model {fingerprint!r}"
+        raise ValueError(f"state file {str(path)!r} holds {was}; it must be torch.int64 [N] and a text")
+    return State(layers, position, fingerprint)
+
+
+MOST_LAYERS = 1 << 16
+"""A file that claims more is not believed: they are made before anything is known of them."""
+
+
+def _layers(flat: dict[str, Tensor], claimed: Any) -> list[Tree]:
+    """The nested dicts of tensors that names like ``layers/0/memory/weights.0`` stand for."""
+    if not isinstance(claimed, str) or not claimed.isdecimal() or int(claimed) > MOST_LAYERS:
+        raise ValueError(f"layers was {claimed!r}; it must be a number up to {MOST_LAYERS}")
+    layers: list[Tree] = [{} for _ in range(int(claimed))]
     for name, tensor in flat.items():
-        if name != "position":
-            _, layer, *path_in, last = name.split("/")
-            place = layers[int(layer)]
-            for part in path_in:
-                place = place.setdefault(part, {})
-            place[last] = tensor
-    return State(layers, flat["position"], about["fingerprint"])
+        if name == "position":
+            continue
+        head, _, rest = name.partition("/")
+        layer, _, rest = rest.partition("/")
+        if head != "layers" or not layer.isdecimal() or int(layer) >= len(layers) or not rest:
+            raise ValueError(f"it has a tensor {name!r}; it must be layers/<below {len(layers)}>/<name>")
+        place = layers[int(layer)]
+        *path_in, last = rest.split("/")
+        for part in path_in:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"tensor {name!r} lies inside of another tensor")
+        if last in place:
+            raise ValueError(f"tensor {name!r} has the name of a group of tensors")
+        place[last] = tensor
+    return layers
 
 
 def take_rows(parts: Sequence[Tree], order: Sequence[int]) -> Tree:

@@ -1,7 +1,7 @@
 """``python -m palimpsest.train CONFIG key=value …``, alone or under ``torchrun``.
 
-Exit codes: 0 complete, or stopped by SIGTERM or SIGINT with everything saved (the same command goes on); 1 training
-diverged or the machine failed; 2 the command, the config or the corpus is wrong.
+Exit codes: 0 complete, or stopped by SIGTERM, SIGINT or SIGUSR1 with everything saved (the same command goes on);
+1 training diverged or the machine failed; 2 the command, the config or the corpus is wrong.
 """
 
 import argparse

@@ -9,7 +9,7 @@ A folder without a valid manifest, or with a file that differs from it, is damag
 before is used. The state is addressed by parameter name and whole-tensor coordinates, so that a run can go on with
 another number of processes. No random state is kept: the loop seeds each step by its number.
 
-Several processes must see the same folder. ``.metadata`` is a pickle: load only checkpoints that you trust.
+Several processes must see the same folder. Nothing that a checkpoint holds is executed (see ``unpickle.py``).
 """
 
 import hashlib
@@ -18,18 +18,21 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .events import note
-from .parallel import broadcast, gather, rank_and_size
+from .parallel import broadcast, gather, own_group, rank_and_size
+from .staging import Background, stage
+from .unpickle import Planner, Reader
 
 logger = logging.getLogger("palimpsest.train")
 
@@ -72,7 +75,11 @@ class Checkpointer:
         self.keep_last = keep_last
         self.identity = _plain(identity or {})
         self.complete = complete
+        self.saved = -1
+        """The step of the last checkpoint that this object wrote."""
         self._sound: set[Path] = set()
+        self._pending: Background | None = None
+        self._group: dist.ProcessGroup | None = None  # of the thread's collectives
 
     def clean(self) -> None:
         """Remove what killed saves left in the folder; for the run that owns it, before its first save."""
@@ -98,24 +105,67 @@ class Checkpointer:
         Raises:
             CheckpointError: when saving failed for any other reason.
         """
+        self.wait()
+        return self._write(step, _state(model, optimizer), extra or {})
+
+    def save_later(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """As :meth:`save`, from a copy that is taken now and that a thread writes while training goes on.
+
+        Whatever goes wrong there is an ERROR line in the log. :meth:`wait` says how it ended; every other method waits
+        first, so that one checkpoint is being written at a time.
+        """
+        self.wait()
+        if self._group is None:
+            self._group = own_group()
+        work = partial(self._write, step, stage(_state(model, optimizer)), _plain(extra or {}), self._group)
+        self._pending = Background(work, f"checkpoint of step {step}")
+
+    def wait(self) -> Path | None:
+        """Until what :meth:`save_later` began is written. Returns its folder; None if it failed or there was none."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.wait()
+
+    close = wait
+
+    def _write(
+        self, step: int, state: dict[str, Any], extra: Mapping[str, Any], group: dist.ProcessGroup | None = None
+    ) -> Path | None:
         final = self.folder / f"{PREFIX}{step:06d}"
         temporary = self.folder / f"{SAVING}{final.name}"
-        problem = _write_state(temporary, _state(model, optimizer))
-        if problem is None:
-            problem = self._seal(temporary, final, step, extra or {})
-        if problem is not None:
-            if rank_and_size()[0] == 0:
+        first = rank_and_size()[0] == 0
+        try:
+            problem = self._prepare(temporary, group) or _write_state(temporary, state, group)
+            if problem is None:
+                problem = self._seal(temporary, final, step, extra, group)
+        finally:
+            if first and temporary.exists():  # it has not got its name
                 shutil.rmtree(temporary, ignore_errors=True)
-                free = shutil.disk_usage(self.folder).free
-                line = "CHECKPOINT OF STEP %d NOT SAVED: %s (%d bytes free); the ones before are whole"
-                logger.error(line, step, problem, free)
+        if problem is not None:
+            if first:
+                line = "CHECKPOINT OF STEP %d NOT SAVED: %s (%s bytes free); the ones before are whole"
+                logger.error(line, step, problem, _free(self.folder))
             return None
+        self.saved = step
         self._sound.add(final)
         note("checkpoint", step)
         self._prune(step)
         return final
 
-    def _seal(self, temporary: Path, final: Path, step: int, extra: Mapping[str, Any]) -> str | None:
+    def _prepare(self, temporary: Path, group: dist.ProcessGroup | None) -> str | None:
+        """Make the folder to write into, where the disk lets us: its refusal, in every process, or None."""
+        problem = None
+        if rank_and_size()[0] == 0:
+            try:
+                temporary.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = str(error)
+        return broadcast(problem, group)
+
+    def _seal(
+        self, temporary: Path, final: Path, step: int, extra: Mapping[str, Any], group: dist.ProcessGroup | None
+    ) -> str | None:
         """Hash the files, write the manifest, move the folder into place. Returns why the disk refused, or None."""
         rank, size = rank_and_size()
         problem, files = None, {}
@@ -124,7 +174,7 @@ class Checkpointer:
             files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in own}
         except OSError as error:
             problem = str(error)
-        shares = gather((files, problem))
+        shares = gather((files, problem), group)
         problem = next((p for _, p in shares if p), None)
         if problem is None and rank == 0:
             body = {
@@ -145,7 +195,7 @@ class Checkpointer:
                 _sync_folder(self.folder)
             except OSError as error:
                 problem = str(error)
-        return broadcast(problem)
+        return broadcast(problem, group)
 
     def _prune(self, step: int) -> None:
         """Keep the newest ``keep_last`` up to ``step``; a later one was damaged, and will be written anew."""
@@ -165,6 +215,7 @@ class Checkpointer:
 
         Each damaged one is named in a WARNING line with what is wrong with it. None when no sound one is there.
         """
+        self.wait()
         for path in broadcast(self.list()):
             problems = damages(path)
             if not problems:
@@ -186,6 +237,7 @@ class Checkpointer:
             ConfigMismatch: the checkpoint's model config differs from this run's; names the keys.
             CheckpointError: the checkpoint is damaged, or does not fit the model.
         """
+        self.wait()
         path = Path(path)
         if path not in self._sound and (problems := damages(path)):
             raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
@@ -195,8 +247,8 @@ class Checkpointer:
             raise ConfigMismatch(f"checkpoint {path} does not fit this config: " + "; ".join(differing))
         state = _state(model, optimizer)
         try:
-            with _quiet():
-                dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=rank_and_size()[1] == 1)
+            _quiet()
+            dcp.load(state, storage_reader=Reader(path), planner=Planner(), no_dist=rank_and_size()[1] == 1)
         except dcp.CheckpointException as error:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {_reason(error)}") from error
         if optimizer is None:
@@ -223,14 +275,15 @@ def _damages(path: Path, rank: int, size: int) -> list[str]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         claimed = manifest.pop("sha256")
+        if claimed != _digest(manifest):
+            return [f"{MANIFEST} differs from its own checksum"]
+        if manifest["schema"] != SCHEMA:
+            return [f"{MANIFEST} has schema {manifest['schema']}, this version reads {SCHEMA}"]
+        _check_manifest(manifest)
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
-    if claimed != _digest(manifest):
-        return [f"{MANIFEST} differs from its own checksum"]
-    if manifest["schema"] != SCHEMA:
-        return [f"{MANIFEST} has schema {manifest['schema']}, this version reads {SCHEMA}"]
     problems = []
     for name, entry in sorted(manifest["files"].items())[rank::size]:
         try:
@@ -242,6 +295,20 @@ def _damages(path: Path, rank: int, size: int) -> list[str]:
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """ValueError for one that this program cannot have written: its checksum is anybody's to make."""
+    for key, kind in (("step", int), ("processes", int), ("model", dict), ("extra", dict), ("files", dict)):
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"{key} is a {type(manifest[key]).__name__}")
+    for name, entry in manifest["files"].items():
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"{name!r} is no file of this folder")
+        if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+            raise ValueError(f"{name} has no size or checksum")
+    if ".metadata" not in manifest["files"]:
+        raise ValueError(".metadata is not among the files")
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,17 +333,24 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
     return {"model": weights} if optimizer is None else {"model": weights, "optimizer": moments["state"]}
 
 
-def _write_state(folder: Path, state: dict[str, Any]) -> str | None:
+def _write_state(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> str | None:
     """Write this process's share, synced. Returns why the disk refused (the same in every process), or None."""
     try:
-        with _quiet():
-            writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-            dcp.save(state, storage_writer=writer, no_dist=rank_and_size()[1] == 1)
+        _quiet()
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=rank_and_size()[1] == 1)
     except dcp.CheckpointException as error:
         if _is_disk(error):
             return _reason(error)
         raise CheckpointError(f"saving {folder} failed: {_reason(error)}") from error
     return None
+
+
+def _free(folder: Path) -> str:
+    try:
+        return str(shutil.disk_usage(folder).free)
+    except OSError:  # not even that
+        return "unknown"
 
 
 def _is_disk(error: BaseException) -> bool:
@@ -332,9 +406,9 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns that saving without a process group is meant for one process, which it is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
-        yield
+def _quiet() -> None:
+    """torch warns that saving without a process group is meant for one process, which it is.
+
+    For good, and not around the call alone: the filters are the whole process's, threads and all.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")

@@ -22,6 +22,7 @@ from ..models.config import (
 from .data_config import DataConfig
 from .optim_config import OptimizerKeys
 from .optim_config import check as check_optimizer
+from .spikes import FaultConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -51,12 +52,15 @@ class TrainConfig(OptimizerKeys):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: Positive | None = 1.0
     """The largest global gradient norm; null: no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast; parameters, gradients and optimizer state stay float32."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """bf16: matrix products under autocast; parameters, gradients and optimizer state stay float32. fp8: besides, those
+    of linear layers in float8, on GPUs that can and with torchao."""
     compile: bool = False
     """Compile each block with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    recompute_every: Count = 1
+    """With activation_checkpointing: of every so many-th block only."""
     parallel: Literal["none", "ddp", "fsdp"] = "none"
     fsdp_shard: Count | None = None
     """Processes that share one copy of the parameters; null: all. Fewer make a hybrid mesh of replicas."""
@@ -64,6 +68,8 @@ class TrainConfig(OptimizerKeys):
     """Processes that share each sequence, every one a part of its tokens; see :mod:`.sequence`."""
     sequence_timeout: Positive = 600.0
     """Seconds that one of them waits for another's message before the run ends."""
+    meta_init: bool = False
+    """With fsdp: no device ever holds more of the fresh model than its shards. The weights are the same."""
     log_every: Count = 10
     diagnostics_every: Natural = 100
     """Steps between diagnostics of the memory layers; 0: none."""
@@ -74,6 +80,8 @@ class TrainConfig(OptimizerKeys):
     """Steps between checkpoints, apart from the one at the end; 0: only that one."""
     keep_last: Count = 2
     """How many checkpoints stay."""
+    async_checkpoint: bool = False
+    """Write a checkpoint in a thread, from a copy in main memory, while training goes on."""
     resume: str = "auto"
     """auto: from the run folder's newest sound checkpoint; never: only a new folder; else a checkpoint's path."""
     init: str | None = None
@@ -81,7 +89,8 @@ class TrainConfig(OptimizerKeys):
     freeze_backbone: bool = False
     """Train the memory over segments (``model.hmt``) alone."""
     max_bad_steps: Count = 5
-    """Consecutive steps with a non-finite loss or gradient, each of them skipped, after which training stops."""
+    """Consecutive bad steps (see ``faults``) after which training stops."""
+    faults: FaultConfig = FaultConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
     """CPU threads of this process; null: torch's choice."""
@@ -104,11 +113,21 @@ class TrainConfig(OptimizerKeys):
         if self.sequence_parallel > 1:
             if self.compile:
                 raise ValueError("train.compile was true; it must be false with train.sequence_parallel")
+            if self.recompute_every > 1:
+                was = f"train.recompute_every was {self.recompute_every}"
+                raise ValueError(f"{was}; it must be 1 with train.sequence_parallel, where all blocks are recomputed")
             if self.seq_len < self.sequence_parallel:
                 size = self.sequence_parallel
                 raise ValueError(
                     f"train.sequence_parallel was {size}; it must be at most train.seq_len = {self.seq_len}"
                 )
+        if self.meta_init and self.parallel != "fsdp":
+            raise ValueError("train.meta_init was true; it must be false unless train.parallel is fsdp")
+        if self.meta_init and self.sltrain is not None:
+            raise ValueError("train.meta_init was true; it must be false with train.sltrain, which takes weights apart")
+        if self.recompute_every > 1 and not self.activation_checkpointing:
+            was = f"train.recompute_every was {self.recompute_every}"
+            raise ValueError(f"{was}; it must be 1 unless train.activation_checkpointing is true")
         check_optimizer(self)
         return self
 
@@ -172,8 +191,8 @@ class RunConfig(Strict):
     def _sequences_are_divisible(self) -> Self:
         if self.train.sequence_parallel > 1:
             reason = "with train.sequence_parallel"
-            if self.data.documents == "packed":
-                raise ValueError(f"data.documents was 'packed'; it must be 'stream' {reason}")
+            if self.data.documents != "stream":
+                raise ValueError(f"data.documents was {self.data.documents!r}; it must be 'stream' {reason}")
             if self.model.huggingface is not None:
                 raise ValueError(
                     f"model.huggingface was a section; it must be null {reason}: its cache is that library's"
@@ -218,9 +237,11 @@ FREE = frozenset(
         )
     }
     | {f"train.{key}" for key in ("validate_every", "validation_batches", "checkpoint_every", "keep_last")}
-    | {"train.max_bad_steps", "data.folder", "name"}
+    | {f"train.{key}" for key in ("max_bad_steps", "async_checkpoint", "recompute_every", "meta_init")}
+    | {"data.folder", "name"}
 )
-"""Keys that may change between starts of a run, with all of ``eval``: they say how and where, not what is learnt."""
+"""Keys that may change between starts of a run, with all of ``eval`` and ``train.faults``: they say how and where, and
+what is done when something goes wrong, not what is learnt."""
 
 
 def read_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -139,7 +139,7 @@ def memory(
         Line("optimizer state", found.optimizer, found.optimizer, found.rule),
         *_spread(config, found, processes, shard, micro_batches),
     ]
-    size = 2 if settings.precision == "bf16" else 4
+    size = 2 if settings.precision != "fp32" else 4
     tokens = rows * settings.seq_len
     logits = size * min(LOGITS, tokens * config.model.vocab_size)
     of = f"{rows} x {settings.seq_len} tokens, {settings.precision}"
@@ -196,7 +196,7 @@ def _time(config: RunConfig, flops: float, card: Gpu, processes: int, mfu: float
     """Seconds for all tokens at ``mfu`` of the peak; and, with rows to measure, on this processor."""
     settings = config.train
     tokens = settings.batch_size * settings.seq_len * settings.steps
-    peak = card.half if settings.precision == "bf16" else card.vector
+    peak = card.half if settings.precision != "fp32" else card.vector
     speed = mfu * peak * processes / flops
     found = {"gpu": card.name, "peak_flops": peak, "mfu": mfu, "tokens_per_second": speed, "seconds": tokens / speed}
     if measured_rows:

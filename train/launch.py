@@ -15,12 +15,14 @@ from torch import nn
 
 from ..models import MemoryLM, ModelConfig, build
 from ..models.config import load_yaml
-from . import optim, parallel, sltrain
+from . import meta, optim, parallel, sltrain
 from .checkpoint import Checkpointer, ConfigMismatch, differences
 from .config import FREE, ConfigError, RunConfig, read_config
 from .data import Corpus, prepare
 from .examples import ExampleSplit, TaskCorpus
+from .float8 import use_float8
 from .parallel import World
+from .spikes import heeds_found_inf
 from .split import Split
 from .start import freeze_backbone, start_from
 
@@ -40,19 +42,24 @@ def hold(folder: Path, world: World) -> Iterator[None]:
     """Keep a second run out of a run folder while this one writes there: a lock on the folder itself.
 
     Raises:
-        ConfigError: in every process, when another run holds it.
+        ConfigError: in every process, when another run holds it, or when nothing can be written there.
     """
-    handle, taken = -1, True
+    handle, problem = -1, None
     if world.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
         except BlockingIOError:
-            taken = False
+            problem = "where another run is at work; wait for it or choose another"
+        except OSError as error:
+            problem = f"where nothing can be written ({error.strerror}); it must be a folder that can be written to"
     try:
-        if not parallel.broadcast(taken):
-            raise ConfigError(f"train.out was {folder}, where another run is at work; wait for it or choose another")
+        if (problem := parallel.broadcast(problem)) is not None:
+            raise ConfigError(f"train.out was {folder}, {problem}")
         yield
     finally:
         if handle >= 0:
@@ -62,7 +69,7 @@ def hold(folder: Path, world: World) -> Iterator[None]:
 def claim(folder: Path, config: RunConfig, world: World) -> None:
     """Write config.yaml into a new run folder, or make sure that the one there means the same run.
 
-    Keys of ``FREE`` and ``eval`` may change between two starts; the file then follows.
+    Keys of ``FREE``, ``eval`` and ``train.faults`` may change between two starts; the file then follows.
     """
     path = folder / "config.yaml"
     exists = parallel.broadcast(path.exists())
@@ -103,7 +110,7 @@ def keep_freed_memory() -> None:
 
 
 def _is_free(key: str) -> bool:
-    return key in FREE or key.startswith("eval.")
+    return key in FREE or key.startswith(("eval.", "train.faults."))
 
 
 def origin(config: RunConfig) -> Path | None:
@@ -157,23 +164,38 @@ def validation(corpus: Corpus | TaskCorpus, config: RunConfig) -> Split | Exampl
 def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.optim.Optimizer]:
     """(the model, the model as the loop calls it, the optimizer); the seed's weights are the same in every process."""
     settings = config.train
-    torch.manual_seed(config.seed)
-    core = build(config.plain()).to(world.device)
-    if settings.init is not None:
-        start_from(core, settings.init, quiet=not world.first)
+
+    def begin(core: MemoryLM) -> None:
+        if settings.init is not None:
+            start_from(core, settings.init, quiet=not world.first)
+
+    late = settings.meta_init and world.size > 1
+    if late:
+        core = meta.on_meta(config)
+    else:
+        torch.manual_seed(config.seed)
+        core = build(config.plain()).to(world.device)
+        begin(core)
     if settings.freeze_backbone:
         freeze_backbone(core)
     if settings.sltrain is not None:
         sltrain.apply(core, optim.hidden_matrices(core), settings.sltrain, config.seed)
+    if settings.precision == "fp8":
+        use_float8(core.blocks, world.device)
     if settings.activation_checkpointing and settings.sequence_parallel == 1:  # else: sequence/mixers.py
-        parallel.checkpoint_blocks(core.blocks)
+        parallel.checkpoint_blocks(core.blocks, settings.recompute_every)
     if settings.compile:
         for block in core.blocks:
             block.compile()
     model: nn.Module = core  # of ddp with divided sequences: copies alone, for they sum up gradients themselves
     if settings.sequence_parallel == 1 or settings.parallel != "ddp":
         model = parallel.distribute(core, core.blocks, settings.parallel, world, settings.fsdp_shard)
+    if late:
+        meta.fill(model, config, world, begin)
     optimizer = optim.make(model, settings, config.seed)
+    if not heeds_found_inf(optimizer):
+        name = type(optimizer).__name__
+        logger.info("%s knows no found_inf: the host reads each step's verdict before the update", name)
     return core, model, optimizer
 
 
@@ -183,12 +205,12 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     corpus: Corpus | TaskCorpus,
-) -> int:
-    """Load a checkpoint, if there is one. Returns its step; 0 for a fresh start."""
+) -> dict[str, Any]:
+    """Load a checkpoint, if there is one. Returns its ``extra``, with its ``step``; {"step": 0} for a fresh start."""
     if path is None:
-        return 0
+        return {"step": 0}
     extra = saver.restore(path, model, optimizer)
-    if extra["corpus"] != corpus.checksum:
+    if extra.get("corpus") != corpus.checksum:
         logger.warning("the corpus is not the one of %s: the run goes on, but not as it would have", path)
     logger.info("going on after step %d, from %s", extra["step"], path)
-    return extra["step"]
+    return extra

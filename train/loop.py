@@ -14,10 +14,9 @@ The loss is a mean over the valid targets of the whole global batch: each micro 
 that all micro batches of all processes hold, so uneven ones weigh as they should in the gradient.
 """
 
+import contextlib
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from typing_extensions import Self
 
 from ..models import MemoryLM, Output, build
 from . import launch, optim, parallel, sequence, sltrain
@@ -37,11 +35,16 @@ from .config import RunConfig
 from .data import Corpus
 from .events import note, recording
 from .examples import ExampleSplit, TaskCorpus, answered
+from .interrupt import Interrupt
 from .metrics import MetricLog, Progress, Record, peak_flops, peak_memory, read_metrics
 from .mixture import MixtureSplit
 from .parallel import World
+from .recovery import TrainingDiverged, heed
 from .schedules import rate_of
+from .spikes import Verdict, Watch, update_unless
 from .split import IGNORE, Batch, Split, derive
+
+__all__ = ["Run", "Summary", "TrainingDiverged", "train"]
 
 logger = logging.getLogger("palimpsest.train")
 
@@ -49,13 +52,9 @@ SAMPLE = 64
 """Tokens of a text that a model writes as training goes."""
 
 
-class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite; the message names them."""
-
-
 @dataclass(frozen=True)
 class Summary:
-    """How a call of :func:`train` ended: ``complete``, or ``stopped`` by SIGTERM or SIGINT (then run it again)."""
+    """How a call of :func:`train` ended: ``complete``, or ``stopped`` by a signal (then run it again)."""
 
     folder: Path
     status: str
@@ -76,7 +75,7 @@ def train(config: RunConfig, listener: Callable[[Record], None] | None = None) -
         ConfigMismatch: the run folder or the checkpoint belongs to another config; names the differing keys.
         ConfigError: keys that do not fit this machine or number of processes.
         DataError: a corpus that cannot be used.
-        TrainingDiverged: after ``train.max_bad_steps`` non-finite steps in a row.
+        TrainingDiverged: after ``train.max_bad_steps`` bad steps in a row, or as ``train.faults`` says.
     """
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
@@ -106,12 +105,18 @@ def _train(config: RunConfig, world: World, listener: Callable[[Record], None] |
 
     corpus = launch.corpus(config, world)
     core, model, optimizer = launch.model(config, world)
-    start = launch.restore(saver, newest or launch.origin(config), model, optimizer, corpus)
+    extra = launch.restore(saver, newest or launch.origin(config), model, optimizer, corpus)
+    start = extra["step"]
     note("resume" if start else "start", start, processes=world.size, device=str(world.device))
     metrics = MetricLog(folder, start, settings.tensorboard, listener) if world.first else None
-    with Interrupt() as interrupt, Progress(settings.steps, start, silent=not world.first) as progress:
+    with (
+        Interrupt() as interrupt,
+        Progress(settings.steps, start, silent=not world.first) as progress,
+        contextlib.closing(saver),  # whatever happens, what is being written is written to its end
+    ):
         run = Run(config, world, folder, core, model, optimizer, corpus, saver, metrics, progress, interrupt)
-        run.start = run.step = start
+        run.start = start
+        run.resume(extra)
         run.loop()
         stopped = run.step < settings.steps
         if stopped:  # the state first: who asks to stop may not wait long
@@ -143,7 +148,7 @@ class Run:
         saver: Checkpointer,
         metrics: MetricLog | None,
         progress: Progress,
-        interrupt: "Interrupt",
+        interrupt: Interrupt,
     ):
         self.config, self.settings, self.world, self.folder = config, config.train, world, folder
         self.core, self.model, self.optimizer = core, model, optimizer
@@ -152,15 +157,24 @@ class Run:
         self.split = corpus.split("train")
         self.held_out = launch.validation(corpus, config)
         self.micro_batches, self.micro_size = self.settings.micro_batches(world.size)
-        self.start = self.step = self.bad = 0
-        self.saved = -1
+        self.start = self.step = self.bad = self.rollbacks = 0
+        self.watch = Watch(self.settings.faults, world.device)
+        self.skipped: list[int] = []  # steps whose update was not done, or was undone
+        self.last: Verdict | None = None
         self.loss: float | None = None
         self.validation_loss: float | None = None
         self.sequence = sequence.start(config, world, core, model)
         self.read: Callable[..., Any] = model if self.sequence is None else self.sequence.read
-        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=self.settings.precision != "fp32")
         self.flops = core.flops_per_token(self.settings.seq_len)
         self.peak = peak_flops(world.device, self.settings.precision)
+
+    def resume(self, extra: Record) -> None:
+        """Stand where a checkpoint's ``extra`` says that it was."""
+        self.step = extra["step"]
+        self.bad, self.rollbacks = extra.get("bad", 0), extra.get("rollbacks", 0)
+        self.skipped = list(extra.get("skipped", []))
+        self.watch.restore(extra.get("statistics"))
 
     def loop(self) -> None:
         """Update until the last step is done or somebody asks to stop."""
@@ -170,18 +184,25 @@ class Run:
             begin = time.perf_counter()
             batches, valid, stop = self.fetch(self.step + 1)
             if stop:
+                heed(self)
                 logger.warning("asked to stop: saving after step %d", self.step)
                 return
             self.step += 1
-            record = self.update(batches, valid)
+            rate = self.update(batches, valid)
             tokens += sum(batch.tokens.numel() for batch in batches) * self.world.size
+            log, diagnose, validate, save = map(self.due, ("log", "diagnostics", "validate", "checkpoint"))
+            back = heed(self, 0 if log or diagnose or validate or save else self.watch.lag)
             busy += time.perf_counter() - begin
+            if back:
+                tokens, busy = 0, 0.0
+                continue
             speed = tokens / busy
 
-            log = _due(self.step, settings.log_every) or self.step == settings.steps
-            if _due(self.step, settings.diagnostics_every):
+            loss, norm = (math.nan, math.nan) if self.last is None else (self.last.loss, self.last.norm)
+            record: Record = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": norm}
+            if diagnose:
                 record |= self.diagnose(self.share(self.split, self.step - 1, whole=True)[0])
-            if self.held_out is not None and (_due(self.step, settings.validate_every) or self.step == settings.steps):
+            if validate and self.held_out is not None:
                 record |= self.validate(self.held_out)
                 self.write_sample()
             if log or len(record) > 4:
@@ -192,8 +213,19 @@ class Run:
                     self.metrics.write(record)
                 tokens, busy = 0, 0.0
             self.progress.show(record, speed, log)
-            if _due(self.step, settings.checkpoint_every) and self.step < settings.steps and not self.bad:
-                self.save()
+            if save and not self.bad:
+                self.rollbacks = 0
+                self.save(background=settings.async_checkpoint)
+
+    def due(self, what: str) -> bool:
+        """Whether something that is done every so many steps is done now: log, diagnostics, validate, checkpoint."""
+        last = self.step == self.settings.steps
+        every = getattr(self.settings, f"{what}_every")
+        if what == "checkpoint":
+            return _due(self.step, every) and not last  # the last one is written when the weights are
+        if what == "validate":
+            return self.held_out is not None and (_due(self.step, every) or last)
+        return _due(self.step, every) or (what == "log" and last)
 
     def fetch(self, step: int) -> tuple[list[Batch], int, bool]:
         """This process's micro batches of a step, the valid targets in those of all processes, and whether to stop."""
@@ -215,8 +247,9 @@ class Run:
         batches = [b._replace(targets=self.core.counted(b.targets, None, b.cu_seqlens)) for b in batches]
         return batches if self.sequence is None or whole else [self.sequence.cut(batch) for batch in batches]
 
-    def update(self, batches: list[Batch], valid: int) -> Record:
-        """One optimizer update from the micro batches; skipped when the loss or a gradient is not finite."""
+    def update(self, batches: list[Batch], valid: int) -> float:
+        """One optimizer update from the micro batches, which the device leaves out if the step is bad; returns its
+        learning rate. Nothing here waits for the device."""
         settings, step = self.settings, self.step
         torch.manual_seed(derive(self.config.seed, step, self.world.rank) >> 1)
         rate = rate_of(settings, step)
@@ -227,16 +260,12 @@ class Run:
         for index, batch in enumerate(batches if self.sequence is None else []):
             with parallel.accumulate(self.model, last=index == len(batches) - 1):
                 loss_sum += self.backward(batch, valid)
-        loss = float(parallel.total(loss_sum)) / max(valid, 1)
-        norm = float(optim.clip(self.model.parameters(), settings.grad_clip))
-        # Both numbers are the same in every process, so all skip or none does.
-        if math.isfinite(loss) and math.isfinite(norm):
-            optim.set_learning_rate(self.optimizer, rate)
-            self.optimizer.step()
-            self.bad, self.loss = 0, loss
-        else:
-            self._skip(loss, norm)
-        return {"step": step, "loss": loss, "lr": rate, "grad_norm": norm}
+        loss = parallel.total(loss_sum).double() / max(valid, 1)
+        norm = optim.clip(self.model.parameters(), settings.grad_clip)
+        bad = self.watch.judge(step, loss, norm)
+        optim.set_learning_rate(self.optimizer, rate)
+        update_unless(bad, self.optimizer)
+        return rate
 
     def backward(self, batch: Batch, valid: int) -> Tensor:
         """Add one micro batch's share of the gradient; returns its loss, summed over its targets."""
@@ -255,20 +284,8 @@ class Run:
 
     def forward(self, batch: Batch, **options: Any) -> Output:
         """The model's answer to a batch with its targets."""
-        batch = batch.to(self.world.device)
+        batch = parallel.to_device(batch, self.world.device)
         return self.read(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets, **options)
-
-    def _skip(self, loss: float, norm: float) -> None:
-        self.bad += 1
-        text = f"step {self.step}: loss {loss}, gradient norm {norm}"
-        logger.warning("%s: the update is skipped (%d in a row)", text, self.bad)
-        if self.bad >= self.settings.max_bad_steps:
-            if self.metrics is not None:
-                self.metrics.write({"step": self.step, "loss": loss, "grad_norm": norm})
-            raise TrainingDiverged(
-                f"{text}: the last {self.bad} steps were not finite (train.max_bad_steps = "
-                f"{self.settings.max_bad_steps}); stopped, with nothing saved since step {max(self.saved, self.start)}"
-            )
 
     def diagnose(self, batch: Batch) -> Record:
         """What the memory layers do on a few rows of this step's batch, {} for a model without memory; of every token
@@ -342,18 +359,24 @@ class Run:
         self.validation_loss = loss
         return record | {"validation_loss": loss, "validation_bits_per_byte": bits}
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless it is there or the weights are not finite."""
-        if self.step == self.saved or not self.optimizer.state:
+    def save(self, background: bool = False) -> None:
+        """Write a checkpoint of this step, unless it is there or the weights are not finite.
+
+        Args:
+            background: copy the state now, and have a thread write it while training goes on.
+        """
+        self.saver.wait()
+        if self.step == self.saver.saved or not self.optimizer.state:
             return
         if not optim.all_finite(self.model.parameters()):
             logger.error("weights after step %d are not finite: no checkpoint is written", self.step)
             return
         if self.metrics is not None:
             self.metrics.sync()
-        extra = {"seed": self.config.seed, "corpus": self.corpus.checksum}
-        if self.saver.save(self.step, self.model, self.optimizer, extra) is not None:
-            self.saved = self.step
+        extra = {"seed": self.config.seed, "corpus": self.corpus.checksum, "statistics": self.watch.state()}
+        extra |= {"skipped": self.skipped, "bad": self.bad, "rollbacks": self.rollbacks}
+        save = self.saver.save_later if background else self.saver.save
+        save(self.step, self.model, self.optimizer, extra)
 
     def export(self) -> None:
         """Write model.safetensors and config.json: whole weights, whatever the run was spread over."""
@@ -380,26 +403,3 @@ def _groups_of(split: Split | ExampleSplit, batch_size: int) -> list[tuple[str, 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class Interrupt:
-    """SIGTERM and SIGINT become a wish (``asked``) that the loop honours between two steps; a second acts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.former: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.former[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-        self.former = {}
-
-    def _note(self, *_: object) -> None:
-        self.asked = True
-        self.__exit__()

@@ -100,7 +100,7 @@ def _as_trained(model: MemoryLM, settings: TrainConfig) -> None:
 @contextmanager
 def _products(device: torch.device, precision: str) -> Iterator[None]:
     """Autocast as in training."""
-    if precision != "bf16":
+    if precision == "fp32":
         yield
         return
     with MetaAutocast(torch.bfloat16) if device.type == "meta" else torch.autocast(device.type, torch.bfloat16):

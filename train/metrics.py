@@ -180,7 +180,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         name = torch.cuda.get_device_name(device)
         for part, peaks in PEAKS.items():
             if part in name:
-                return peaks[precision == "bf16"]
+                return peaks[precision != "fp32"]  # of fp8 too: a share of what bfloat16 could do
         logger.info("no peak FLOP/s known for %s: mfu is left out", name)
         return None
     return _measured_peak()

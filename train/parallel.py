@@ -23,6 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from .split import Batch
+
 logger = logging.getLogger("palimpsest.train")
 T = TypeVar("T")
 
@@ -61,11 +63,28 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(where)
     owner = False
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **_fresh_store())
         owner = True
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), where, owner)
     return World(0, 1, where)
+
+
+def _fresh_store() -> dict[str, Any]:
+    """Arguments for a process group that ``torchrun`` starts again: a store in which no earlier attempt has written.
+
+    torchrun keeps one store for all attempts on a machine, and in it the addresses of processes that have ended: gloo
+    would try to reach those. On several machines attempts are counted differently; there it is for torchrun to make a
+    new store each time, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
+    """
+    environment = os.environ
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not shared or environment.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+    place = {"rank": int(environment["RANK"]), "world_size": int(environment["WORLD_SIZE"])}
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), **place}
 
 
 def stop(world: World) -> None:
@@ -79,23 +98,28 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(value: T) -> list[T]:
+def own_group() -> dist.ProcessGroup | None:
+    """A group of all processes on gloo, whose collectives may run in a thread beside those of the loop; None alone."""
+    return dist.new_group(backend="gloo") if rank_and_size()[1] > 1 else None
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The picklable values of all processes, in order of rank, in every process."""
     _, size = rank_and_size()
     if size == 1:
         return [value]
     values: list[Any] = [None] * size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast(value: T) -> T:
+def broadcast(value: T, group: dist.ProcessGroup | None = None) -> T:
     """The first process's value, in every process."""
     _, size = rank_and_size()
     if size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -106,13 +130,24 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def checkpoint_blocks(blocks: nn.ModuleList, **options: Any) -> None:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch in main memory, on a device. To a GPU it goes through pinned memory, so that the host need not wait."""
+    if device.type != "cuda":
+        return batch.to(device)
+    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
+    return Batch(batch.tokens.pin_memory(), batch.targets.pin_memory(), borders).to(device, non_blocking=True)
+
+
+def checkpoint_blocks(blocks: nn.ModuleList, every: int = 1, **options: Any) -> None:
     """Keep only each block's inputs for the backward pass and run the block again there: memory for one more forward.
 
-    The block's ``forward`` is replaced rather than the block wrapped, so that no parameter changes its name. Further
-    ``options`` are those of ``torch.utils.checkpoint.checkpoint``.
+    Args:
+        every: only of every so many-th block, beginning with the first: of n, 1/n of the time for 1/n of the memory.
+        options: those of ``torch.utils.checkpoint.checkpoint``.
+
+    The block's ``forward`` is replaced rather than the block wrapped, so that no parameter changes its name.
     """
-    for block in blocks:
+    for block in list(blocks)[::every]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 

@@ -18,6 +18,7 @@ LIBRARY = ("kernels", "models", "train", "eval")  # each may import itself and w
 REQUIRED = {"torch", "triton", "einops", "numpy", "pydantic", "yaml", "safetensors", "tensorboard"}
 CARRIED = {"pydantic_core", "typing_extensions"}  # pydantic's own parts
 OPTIONAL = {"flash_attn", "matplotlib", "tokenizers", "transformers", "datasets", "pyarrow", "zstandard", "lm_eval"}
+OPTIONAL |= {"torchao"}
 WHOLE = {"models/hub.py": {"transformers"}, "eval/lm_eval_model.py": {"lm_eval"}}  # modules that an extra is for
 MACHINE_PATH = re.compile(r"(?<![\w.~*])/(?:home|root|work|farm|mnt|opt|Users)/")
 MOST_LINES = 500

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from palimpsest.models.mixer_config import MemoryConfig
 from palimpsest.train import checkpoint as module
+from palimpsest.train import staging
 from palimpsest.train.checkpoint import MANIFEST, Checkpointer, CheckpointError, ConfigMismatch, differences
 from palimpsest.train.launch import complete_model
 from palimpsest.train.optim import adamw
@@ -331,3 +333,88 @@ def test_differences_name_the_place():
 def test_keep_last_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep_last was 0"):
         Checkpointer(tmp_path, keep_last=0)
+
+
+# -- written by a thread while training goes on -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """A disk that takes no manifest until the gate is opened."""
+    opened, entered, write = threading.Event(), threading.Event(), module._write_synced
+
+    def slow(*arguments):
+        entered.set()
+        assert opened.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "_write_synced", slow)
+    yield opened, entered
+    opened.set()
+
+
+def test_training_goes_on_while_a_slow_disk_takes_what_was_staged(tmp_path, gate):
+    opened, entered = gate
+    model, optimizer = trained()
+    saver = Checkpointer(tmp_path)
+    before = flat(model, optimizer)
+    extra = {"skipped": [1]}
+    saver.save_later(3, model, optimizer, extra)
+    extra["skipped"].append(2)
+    for _ in range(3):
+        update(model, optimizer)
+    assert entered.wait(30) and saver.list() == [] and saver.saved == -1
+    opened.set()
+    assert saver.wait() == tmp_path / "step-000003" and saver.saved == 3
+    assert not same(before, flat(model, optimizer))
+    other, fresh = trained(steps=0, seed=1)
+    assert Checkpointer(tmp_path).restore(tmp_path / "step-000003", other, fresh) == {"step": 3, "skipped": [1]}
+    assert same(before, flat(other, fresh))
+
+
+def test_the_next_save_and_every_look_wait_for_the_one_before(tmp_path, gate, caplog, monkeypatch):
+    monkeypatch.setattr(staging, "PATIENCE", 0.0)
+    caplog.set_level(logging.INFO, "palimpsest.train")
+    model, optimizer = trained()
+    saver = Checkpointer(tmp_path, keep_last=5)
+    for step, action in enumerate((saver.save, saver.save_later), 1):
+        gate[0].clear()
+        saver.save_later(10 * step, model, optimizer)
+        threading.Timer(0.2, gate[0].set).start()
+        action(10 * step + 1, model, optimizer)
+        assert tmp_path / f"step-{10 * step:06d}" in saver.list()
+    assert "s for the checkpoint of step 20" in caplog.text
+    saver.save_later(30, model, optimizer)
+    assert saver.latest_valid() == tmp_path / "step-000030"
+    assert [module.step_of(path) for path in saver.list()] == [30, 21, 20, 11, 10]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), TypeError("a bug")])
+def test_a_save_that_fails_is_an_error_line_and_the_next_one_works(tmp_path, monkeypatch, caplog, error):
+    model, optimizer = trained()
+    saver = Checkpointer(tmp_path)
+    first = saver.save(1, model, optimizer)
+
+    def broken(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_sha256", broken)
+        saver.save_later(2, model, optimizer)
+        assert saver.wait() is None and saver.saved == 1
+    (line,) = [r for r in caplog.records if r.name == "palimpsest.train" and r.levelno == logging.ERROR]
+    assert str(error) in line.getMessage() and "step 2" in line.getMessage().lower()
+    assert Checkpointer(tmp_path).latest_valid() == first
+    saver.save_later(3, model, optimizer)
+    assert saver.wait() == tmp_path / "step-000003"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]
+
+
+def test_what_is_staged_shares_no_memory():
+    inner = {"a": torch.ones(3), "b": [torch.zeros(2), 5], "c": "text"}
+    staged = staging.stage({"x": inner})
+    inner["a"].add_(1)
+    inner["b"][0].add_(1)
+    inner["b"].append(6)
+    assert staged["x"]["a"].tolist() == [1, 1, 1] and staged["x"]["c"] == "text"
+    assert staged["x"]["b"][0].tolist() == [0, 0] and staged["x"]["b"][1:] == [5]

@@ -46,7 +46,7 @@ BAD = [
     ({"train__steps": True}, "steps was True; it must be a number"),
     ({"train__lr": -1.0}, "train.lr was -1.0; it must be greater than 0"),
     ({"train__schedule": "cosin"}, "train.schedule was 'cosin'; it must be 'cosine', 'wsd', 'constant' or 'infinite'"),
-    ({"train__precision": "fp16"}, "train.precision was 'fp16'; it must be 'fp32' or 'bf16'"),
+    ({"train__precision": "fp16"}, "train.precision was 'fp16'; it must be 'fp32', 'bf16' or 'fp8'"),
     ({"train__parallel": "tp"}, "train.parallel was 'tp'; it must be 'none', 'ddp' or 'fsdp'"),
     ({"train__betas": [0.9, 1.0]}, r"train.betas was \[0.9, 1.0\]; both must be less than 1"),
     ({"train__steps": 5, "train__warmup_steps": 6}, "train.warmup_steps was 6; it must be at most train.steps = 5"),

@@ -1,6 +1,7 @@
 """A run that is killed and started again learns exactly what one learns that never was."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,8 +17,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import MODEL, STEPS, TRAIN, learnt
 
 from palimpsest.models import build
-from palimpsest.train import optim
-from palimpsest.train.checkpoint import Checkpointer
+from palimpsest.train import launch, optim, parallel
+from palimpsest.train.checkpoint import Checkpointer, step_of
 
 KILL = signal.SIGKILL
 
@@ -161,6 +162,73 @@ def test_how_often_it_saves_and_logs_changes_nothing_that_is_learnt(run, config,
     assert [record["step"] for record in learnt(tmp_path / "run")] == [8, 16]
 
 
+# -- checkpoints that a thread writes ----------------------------------------------------------------------------------
+
+ASYNC = "train.async_checkpoint=true"
+
+
+def test_it_changes_nothing_that_is_learnt_and_killed_in_the_middle_of_a_write_neither(run, config, whole, tmp_path):
+    """Killed at each of a few moments when the thread is about to change something on disk, several saves on."""
+    kills = 0
+    for event in (12, 9, 7):  # no further than the second save of each life
+        result = run(config, ASYNC, prelude=AT_EVENT.format(event=event, rank=0))
+        assert result.codes == [-signal.SIGKILL], result.output
+        kills += 1
+    assert kills == 3 and run(config, ASYNC).codes == [0]
+    same_run(tmp_path / "run", whole[0])
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000015", "step-000016"]
+
+
+# A disk whose every sync in the thread takes long; the step that training has reached when a checkpoint's name appears.
+SLOW = """
+import os, threading, time
+from palimpsest.train import checkpoint, loop
+sync, at, seen = os.fsync, [0], {}
+def slow(handle):
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.1)
+    sync(handle)
+os.fsync = slow
+update, save = loop.Run.update, checkpoint.Checkpointer._seal
+def counted(self, *rest):
+    at[0] = self.step
+    time.sleep(0.02)
+    return update(self, *rest)
+def noted(self, temporary, final, step, *rest):
+    result = save(self, temporary, final, step, *rest)
+    print(f"rank {rank}: step {step} written at {at[0]}", flush=True)
+    return result
+loop.Run.update, checkpoint.Checkpointer._seal = counted, noted
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_slow_disk_does_not_hold_up_training(run, config, tmp_path, processes):
+    """Saves every 8 steps that last about 0.4 s; then SIGTERM, which waits for what is being written."""
+    ways = ["train.parallel=fsdp"] if processes > 1 else []
+    quiet = [ASYNC, *ways, "train.checkpoint_every=8", "train.validate_every=0", "train.diagnostics_every=0"]
+    result = run(config, *quiet, processes=processes, prelude=SLOW)
+    assert result.codes == [0] * processes, result.output
+    written = dict(
+        line.split(": step ")[1].split(" written at ") for line in result.output.splitlines() if "written" in line
+    )
+    assert int(written["8"]) > 9, "steps were made while step 8 was being written"
+    about = json.loads((tmp_path / "run" / "checkpoints" / "step-000008" / "manifest.json").read_text())
+    assert about["processes"] == processes
+    assert [record["step"] for record in learnt(tmp_path / "run")] == list(range(1, 17))
+
+
+def test_asked_to_stop_it_waits_for_what_is_being_written(run, config, whole, tmp_path):
+    result = run(config, ASYNC, signal=signal.SIGUSR1, when="step 6/16", prelude=SLOW)
+    assert result.codes == [0], result.output
+    done = learnt(tmp_path / "run")[-1]["step"]
+    assert f"stopped: {done} of 16 steps" in result.output
+    steps = [step_of(path) for path in Checkpointer(tmp_path / "run" / "checkpoints").list()]
+    assert steps[0] == done and not [path for path in os.listdir(tmp_path / "run" / "checkpoints") if "saving" in path]
+    assert run(config, ASYNC).codes == [0]
+    same_run(tmp_path / "run", whole[0])
+
+
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -227,11 +295,83 @@ def test_what_two_processes_saved_one_restores_exactly(sharded, tmp_path):
         assert optimizer.state[parameter]["step"] == STEPS
 
 
-def test_the_command_under_torchrun(config, tmp_path):
-    """The real command line once, from start to end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "palimpsest.train", str(config), "train.parallel=ddp", "train.steps=3"]
+# The command itself, in which the second process is killed at step 5 of the first attempt.
+DIES_ONCE = """
+import os, runpy, signal
+from palimpsest.train import loop
+update = loop.Run.update
+def die(self, *rest):
+    if self.step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, *rest)
+loop.Run.update = die
+runpy.run_module("palimpsest.train", run_name="__main__")
+"""
+
+
+def test_a_process_that_dies_under_torchrun_is_recovered_from(run, config, tmp_path):
+    """The real command line once, from start to end: torchrun starts all again, and the run goes on from step 3."""
+    (tmp_path / "dies.py").write_text(DIES_ONCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    rest = [str(config), "train.parallel=fsdp", "train.steps=7"]
+    command += [str(tmp_path / "dies.py"), *rest]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "complete: 3 of 3 steps" in done.stdout
-    assert [record["step"] for record in learnt(tmp_path / "run")] == [1, 2, 3]
+    assert "complete: 7 of 7 steps" in done.stdout and "going on after step 3" in done.stderr
+    calm = run(*rest, f"train.out={tmp_path / 'calm'}", processes=2)
+    assert calm.codes == [0, 0], calm.output
+    same_run(tmp_path / "run", tmp_path / "calm")
+
+
+# -- what else goes wrong ---------------------------------------------------------------------------------------------
+
+LEAPS = """
+import random, time
+true, draw = time.time, random.Random(rank)
+time.time = lambda: true() + draw.uniform(-1e6, 1e6)
+"""
+
+
+def test_a_clock_that_leaps_changes_nothing(run, config, whole, tmp_path):
+    """Stopped and started again too: what is newest is told by steps, not by times of files."""
+    result = run(config, signal=signal.SIGTERM, when="step 7/16", prelude=LEAPS)
+    assert result.codes == [0], result.output
+    for path in sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True):
+        os.utime(path, (0, int(path.name[-6:]) * -1000 + 10**6))  # the newest looks oldest
+    assert run(config, prelude=LEAPS).codes == [0]
+    same_run(tmp_path / "run", whole[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_run_in_a_folder_is_refused_in_all_processes(run, config, tmp_path, processes):
+    ways = ["train.parallel=fsdp"] if processes > 1 else []
+    with launch.hold(tmp_path / "run", parallel.start("cpu")):
+        result = run(config, *ways, processes=processes)
+    assert result.codes == [2] * processes, result.output
+    assert result.output.count("where another run is at work; wait for it or choose another") == processes
+
+
+# A file system that lets nobody write, in the run folder or in its checkpoints alone.
+READ_ONLY = """
+import errno, os, pathlib
+for name in ("mkdir", "touch"):
+    def refuse(self, *arguments, inner=getattr(pathlib.Path, name), **options):
+        if {part!r} in str(self):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return inner(self, *arguments, **options)
+    setattr(pathlib.Path, name, refuse)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_folder_that_cannot_be_written_is_named_at_the_start(run, config, tmp_path, processes):
+    ways = ["train.parallel=fsdp"] if processes > 1 else []
+    result = run(config, *ways, processes=processes, prelude=READ_ONLY.format(part=str(tmp_path / "run")))
+    assert result.codes == [2] * processes, result.output
+    assert result.output.count("where nothing can be written (Read-only file system); it must be") == processes
+
+
+def test_checkpoints_that_cannot_be_written_are_loud_and_training_goes_on(run, config, whole, tmp_path):
+    result = run(config, prelude=READ_ONLY.format(part=".saving-step-000009"))
+    assert result.codes == [0] and "CHECKPOINT OF STEP 9 NOT SAVED: [Errno 30] Read-only" in result.output
+    same_run(tmp_path / "run", whole[0])

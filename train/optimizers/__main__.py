@@ -21,7 +21,8 @@ from .. import launch, parallel
 from ..checkpoint import Checkpointer
 from ..config import ConfigError, RunConfig, parse_overrides, read_config
 from ..data import DataError
-from ..loop import Interrupt, Run
+from ..interrupt import Interrupt
+from ..loop import Run
 from ..metrics import Progress
 from ..optim import state_bytes
 from ..optim_config import OPTIONS
