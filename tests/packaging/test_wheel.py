@@ -93,7 +93,7 @@ def test_metadata(wheel: Path) -> None:
     assert plain == {"torch", "triton", "einops", "numpy", "pydantic", "pyyaml", "safetensors", "tensorboard"}
     assert next(need for need in needs if need.startswith("triton")).endswith('; platform_system == "Linux"')
     assert "torch>=2.11" in needs
-    assert set(fields.get_all("Provides-Extra") or []) == {"data", "hf", "lm-eval", "plot", "flash", "dev"}
+    assert set(fields.get_all("Provides-Extra") or []) == {"data", "hf", "lm-eval", "plot", "flash", "fp8", "dev"}
     assert fields["Requires-Python"].replace(" ", "") in {">=3.10,<3.14", "<3.14,>=3.10"}
     assert fields["License-Expression"] == "Apache-2.0"
 

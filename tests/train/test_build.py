@@ -209,8 +209,8 @@ def count_touches(last: int) -> list[int]:
     return seen
 
 
-def in_child(given: DataConfig, last: int = 0, stdin: str | None = None, jobs: int = 1, after: float = 0.0) -> int:
-    """Prepare in a forked process, which is killed at a touch of the disk or after some seconds; how it ended."""
+def in_child(given: DataConfig, last: int = 0, stdin: str | None = None, jobs: int = 1) -> int:
+    """Prepare in a forked process, which is killed at a touch of the disk; how it ended."""
     pid = os.fork()
     if not pid:
         code = 70
@@ -223,9 +223,6 @@ def in_child(given: DataConfig, last: int = 0, stdin: str | None = None, jobs: i
             code = 0
         finally:
             os._exit(code)
-    if after:
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -286,15 +283,15 @@ def test_what_is_done_is_not_done_again(here, monkeypatch):
     assert 0 < len(seen) < len(list(sources.pieces(config()))) / 2
 
 
-def test_killed_at_random_times_with_workers_that_end_with_it(here, monkeypatch):
+def test_killed_with_workers_that_end_with_it(here, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 2000)
     monkeypatch.setattr(build, "JOURNAL_SECONDS", 0.05)
     texts = write_documents(1500)
     draw, endings = random.Random(5), []
     for _ in range(3):
-        endings.append(in_child(config(), jobs=2, after=draw.uniform(0.1, 1.2)))
+        endings.append(in_child(config(), draw.randint(20, 120), jobs=2))
     prepare(config(), jobs=2)
-    assert content() == plain_loop(texts, 0.1, 700) and -signal.SIGKILL in endings
+    assert content() == plain_loop(texts, 0.1, 700) and endings == 3 * [-signal.SIGKILL]
     deadline = time.monotonic() + 20
     while workers() and time.monotonic() < deadline:
         time.sleep(0.05)
