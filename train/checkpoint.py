@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from .events import note
 from .parallel import broadcast, gather, own_group, rank_and_size
 from .staging import Background, stage
-from .unpickle import Planner, Reader
+from .unpickle import Planner, Reader, UnsafeCheckpoint, read_metadata
 
 logger = logging.getLogger("palimpsest.train")
 
@@ -248,9 +248,12 @@ class Checkpointer:
         state = _state(model, optimizer)
         try:
             _quiet()
+            read_metadata(path / ".metadata")  # refused here: torch 2.11 passes over what a reader raises
             dcp.load(state, storage_reader=Reader(path), planner=Planner(), no_dist=rank_and_size()[1] == 1)
         except dcp.CheckpointException as error:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {_reason(error)}") from error
+        except UnsafeCheckpoint as error:
+            raise CheckpointError(f"checkpoint {path} does not fit the model: {error}") from error
         if optimizer is None:
             set_state_dict(model, (), model_state_dict=state["model"], optim_state_dict={})
         else:
