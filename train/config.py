@@ -61,6 +61,10 @@ class TrainConfig(OptimizerKeys):
     """Recompute each block in the backward pass instead of keeping its activations."""
     recompute_every: Count = 1
     """With activation_checkpointing: of every so many-th block only."""
+    activation_budget: Positive | None = None
+    """With activation_checkpointing: GiB that a micro batch's forward and backward may hold in one process beside
+    parameters and gradients; the fewest blocks are recomputed that it takes. null: all of them, or as recompute_every
+    says."""
     parallel: Literal["none", "ddp", "fsdp"] = "none"
     fsdp_shard: Count | None = None
     """Processes that share one copy of the parameters; null: all. Fewer make a hybrid mesh of replicas."""
@@ -116,6 +120,9 @@ class TrainConfig(OptimizerKeys):
             if self.recompute_every > 1:
                 was = f"train.recompute_every was {self.recompute_every}"
                 raise ValueError(f"{was}; it must be 1 with train.sequence_parallel, where all blocks are recomputed")
+            if self.activation_budget is not None:
+                was = f"train.activation_budget was {self.activation_budget}"
+                raise ValueError(f"{was}; it must be null with train.sequence_parallel, where all are recomputed")
             if self.seq_len < self.sequence_parallel:
                 size = self.sequence_parallel
                 raise ValueError(
@@ -128,6 +135,12 @@ class TrainConfig(OptimizerKeys):
         if self.recompute_every > 1 and not self.activation_checkpointing:
             was = f"train.recompute_every was {self.recompute_every}"
             raise ValueError(f"{was}; it must be 1 unless train.activation_checkpointing is true")
+        if self.activation_budget is not None:
+            was = f"train.activation_budget was {self.activation_budget}"
+            if not self.activation_checkpointing:
+                raise ValueError(f"{was}; it must be null unless train.activation_checkpointing is true")
+            if self.recompute_every > 1:
+                raise ValueError(f"{was}; it must be null with train.recompute_every, which chooses blocks as well")
         check_optimizer(self)
         return self
 
@@ -237,7 +250,8 @@ FREE = frozenset(
         )
     }
     | {f"train.{key}" for key in ("validate_every", "validation_batches", "checkpoint_every", "keep_last")}
-    | {f"train.{key}" for key in ("max_bad_steps", "async_checkpoint", "recompute_every", "meta_init")}
+    | {f"train.{key}" for key in ("max_bad_steps", "async_checkpoint", "meta_init")}
+    | {f"train.{key}" for key in ("recompute_every", "activation_budget")}
     | {"data.folder", "name"}
 )
 """Keys that may change between starts of a run, with all of ``eval`` and ``train.faults``: they say how and where, and

@@ -6,8 +6,9 @@ the one that ``--json`` names. Memory is counted on shapes (``memory_estimate.py
 an assumption unless ``--measure`` runs a few steps on this machine's processor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from . import step_law
 from .config import ConfigError, RunConfig
 from .data import prepare
 from .memory_estimate import Activations, Fixed, activations, fixed
+from .recompute import chosen
 from .schedules import rate_of
 from .shards import MANIFEST, read_manifest
 from .sources import DataError
@@ -61,11 +63,6 @@ def plan(
         raise ConfigError(
             "model.huggingface was given; it must be null for a dry run, which counts blocks of this package"
         )
-    if config.train.sequence_parallel > 1:
-        was = config.train.sequence_parallel
-        raise ConfigError(
-            f"train.sequence_parallel was {was}; it must be 1 for a dry run, which counts whole sequences"
-        )
     if processes < 1:
         raise ConfigError(f"--processes was {processes}; it must be at least 1")
     if not 0 < mfu <= 1:
@@ -79,7 +76,8 @@ def plan(
     told = describe.describe(config.plain())
     model = describe.outline(config.model)
     sizes = _parameters(model)
-    lines, kept = memory(config, model, processes, shard, rows, micro_batches)
+    again = _again(config, rows)
+    lines, kept = memory(config, model, again, processes, shard, rows, micro_batches)
     return {
         "name": config.name,
         "parameters": {"total": told.parameters, "met_by_a_token": told.active_parameters, "parts": sizes},
@@ -89,6 +87,9 @@ def plan(
             "total": sum(line.bytes for line in lines),
             "total_checkpointed": sum(line.checkpointed for line in lines),
             "checkpointing": config.train.activation_checkpointing,
+            "recomputed_blocks": list(again),
+            "blocks": config.model.layers,
+            "notes": _notes(config),
             "activations": {"whole": kept[0].parts, "checkpointed": kept[1].parts},
         },
         "flops": _flops(config, told.flops_per_token, told.head_flops_per_token),
@@ -124,13 +125,33 @@ def _parameters(model: nn.Module) -> dict[str, int]:
     return parts
 
 
+def _again(config: RunConfig, rows: int) -> tuple[int, ...]:
+    """The blocks that are run again in the backward pass, or would be with ``train.activation_checkpointing``."""
+    layers, settings = config.model.layers, config.train
+    on = settings.activation_checkpointing and settings.sequence_parallel == 1
+    return chosen(config, layers, rows, gpu=True) if on else tuple(range(layers))
+
+
 def memory(
-    config: RunConfig, model: MemoryLM, processes: int, shard: int, rows: int, micro_batches: int
+    config: RunConfig,
+    model: MemoryLM,
+    blocks: Sequence[int],
+    processes: int,
+    shard: int,
+    rows: int,
+    micro_batches: int,
 ) -> tuple[list[Line], tuple[Activations, Activations]]:
-    """The lines of one process's memory, and the activations without and with checkpointing. ``model``: on the meta
-    device; it is of no use afterwards."""
+    """The lines of one process's memory, and the activations without and with ``blocks`` run again. ``model``: on the
+    meta device; it is of no use afterwards.
+
+    Of sequences divided among R processes it is the first one's, which holds R micro batches at a time.
+    """
     settings = config.train
-    whole, again = (activations(config.model, settings, rows, gpu=True, checkpointing=on) for on in (False, True))
+    parts = settings.sequence_parallel
+    length, held = ceil(settings.seq_len / parts), min(parts, micro_batches)
+    whole, again = (
+        activations(config.model, settings, rows, gpu=True, again=some, seq_len=length) for some in ((), blocks)
+    )
     found = fixed(model, settings, shard)
     share = f" / {shard} processes, rows rounded up" if shard > 1 else ""
     lines = [
@@ -139,18 +160,26 @@ def memory(
         Line("optimizer state", found.optimizer, found.optimizer, found.rule),
         *_spread(config, found, processes, shard, micro_batches),
     ]
-    size = 2 if settings.precision != "fp32" else 4
-    tokens = rows * settings.seq_len
-    logits = size * min(LOGITS, tokens * config.model.vocab_size)
-    of = f"{rows} x {settings.seq_len} tokens, {settings.precision}"
+    width = 2 if settings.precision != "fp32" else 4
+    logits = width * min(LOGITS, rows * length * config.model.vocab_size)
+    times = f"{held} micro batches of " if held > 1 else ""
+    of = f"{times}{rows} x {length} tokens, {settings.precision}"
     for part in sorted({*whole.parts, *again.parts}, key=list({**whole.parts, **again.parts}).index):
         name = {"states": "states of memories", "inputs": "inputs of blocks"}.get(part, part)
         what = "kept for the backward" if part != "inputs" else "all that checkpointing keeps of blocks"
-        lines.append(Line(f"activations: {name}", whole.parts.get(part, 0), again.parts.get(part, 0), f"{what}: {of}"))
+        size, less = (held * found.parts.get(part, 0) for found in (whole, again))
+        lines.append(Line(f"activations: {name}", size, less, f"{what}: {of}"))
     working = "what forward and backward hold at most beside the lines above"
     lines.append(Line("working memory", whole.working, again.working, working))
-    lines.append(Line("loss: gradients of logits", logits, logits, f"{size} bytes x min(2^26, tokens x vocabulary)"))
+    lines.append(Line("loss: gradients of logits", logits, logits, f"{width} bytes x min(2^26, tokens x vocabulary)"))
     return lines, (whole, again)
+
+
+def _notes(config: RunConfig) -> list[str]:
+    """What the lines of memory leave out."""
+    if config.train.sequence_parallel == 1:
+        return []
+    return [f"of the first of {config.train.sequence_parallel} processes; what they hear of each other is not counted"]
 
 
 def _spread(config: RunConfig, found: Fixed, processes: int, shard: int, micro_batches: int) -> list[Line]:
@@ -178,6 +207,7 @@ def _batch(config: RunConfig, processes: int, micro_batches: int, rows: int) -> 
         "seq_len": settings.seq_len,
         "processes": processes,
         "parallel": settings.parallel,
+        "sequence_parallel": settings.sequence_parallel,
         "micro_batches": micro_batches,
         "sequences_per_micro_batch": rows,
         "tokens_per_update": per_update,

@@ -9,6 +9,7 @@ from typing import Any
 
 from .config import ConfigError, RunConfig
 from .dry_run import RESERVE, fits, plan
+from .recompute import named
 
 OPTIONS = ("processes", "gpu", "mfu", "measure", "json")
 
@@ -96,8 +97,11 @@ def _parameters(found: Mapping[str, Any]) -> list[str]:
 
 def _batch(found: Mapping[str, Any]) -> list[str]:
     batch, corpus = found["batch"], found["corpus"]
+    groups, parts = batch["processes"] // batch["sequence_parallel"], batch["sequence_parallel"]
+    shared = f" of {parts} processes, a part of each sequence in each," if parts > 1 else ""
+    what = "group" + "s" * (groups > 1) if parts > 1 else "process" + "es" * (groups > 1)
     layout = (
-        f"{batch['processes']} process{'es' * (batch['processes'] > 1)} ({batch['parallel']}) x "
+        f"{groups} {what}{shared} ({batch['parallel']}) x "
         f"{batch['micro_batches']} micro batch{'es' * (batch['micro_batches'] > 1)} x "
         f"{batch['sequences_per_micro_batch']} sequences of {batch['seq_len']:,} tokens"
     )
@@ -117,11 +121,14 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
     heads = ["kept", "recomputed"]
     heads[told["checkpointing"]] += " *"
     total = ("in all", size(told["total"]), size(told["total_checkpointed"]), "sum")
-    about = "* as train.activation_checkpointing says; recomputed: with activation checkpointing"
+    again = told["recomputed_blocks"]
+    which = f"all {told['blocks']} blocks" if len(again) == told["blocks"] else f"blocks {named(again)}"
+    about = f"* as train.activation_checkpointing says; recomputed: {which} run again in the backward pass"
     return [
         "memory of one GPU, estimated: activations are counted on shapes, as the kernels would keep them",
         *table([("", *heads, ""), *rows, total], left=(0, 3)),
         f"  {about}",
+        *(f"  {note}" for note in told["notes"]),
     ]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models import MemoryLM, ModelConfig, build
 from ..models.config import load_yaml
-from . import meta, optim, parallel, sltrain
+from . import meta, optim, parallel, recompute, sltrain
 from .checkpoint import Checkpointer, ConfigMismatch, differences
 from .config import FREE, ConfigError, RunConfig, read_config
 from .data import Corpus, prepare
@@ -183,7 +183,8 @@ def model(config: RunConfig, world: World) -> tuple[MemoryLM, nn.Module, torch.o
     if settings.precision == "fp8":
         use_float8(core.blocks, world.device)
     if settings.activation_checkpointing and settings.sequence_parallel == 1:  # else: sequence/mixers.py
-        parallel.checkpoint_blocks(core.blocks, settings.recompute_every)
+        rows, gpu = settings.micro_batches(world.size)[1], world.device.type == "cuda"
+        parallel.checkpoint_blocks(core.blocks, recompute.chosen(config, len(core.blocks), rows, gpu=gpu))
     if settings.compile:
         for block in core.blocks:
             block.compile()

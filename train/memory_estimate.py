@@ -7,7 +7,7 @@ operation takes inside of itself and gives back, but for the loss's gradients of
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,28 +38,40 @@ class Activations:
     """What one micro batch keeps, in bytes.
 
     ``parts``: kept by the end of the forward, by part of the model (embed, norms, mixers, mlps, loss; ``states``: what
-    memories keep of their states); with ``checkpointing`` what is left of these, and ``inputs``, those of the blocks.
-    ``block``: the most that a block keeps by itself. ``working``: the most that forward and backward hold at a time
-    beyond the parts, the parameters and their gradients.
+    memories keep of their states); with blocks run ``again`` what is left of these, and ``inputs``, those of such
+    blocks. ``blocks``: what each block keeps where none is run again. ``working``: the most that forward and backward
+    hold at a time beyond the parts, the parameters and their gradients. ``again``: the numbers of those blocks.
     """
 
     parts: dict[str, int]
-    block: int
+    blocks: tuple[int, ...]
     working: int
-    checkpointing: bool
+    again: tuple[int, ...]
 
     @property
     def kept(self) -> int:
         """All parts."""
         return sum(self.parts.values())
 
+    @property
+    def peak(self) -> int:
+        """The most that a forward and backward hold at a time, parameters and gradients apart."""
+        return self.kept + self.working
+
 
 def activations(
-    config: ModelConfig, settings: TrainConfig, rows: int, *, gpu: bool, checkpointing: bool, seq_len: int | None = None
+    config: ModelConfig,
+    settings: TrainConfig,
+    rows: int,
+    *,
+    gpu: bool,
+    again: Collection[int] = (),
+    seq_len: int | None = None,
 ) -> Activations:
     """What ``rows`` sequences of ``train.seq_len`` tokens keep.
 
     Args:
+        again: the numbers of the blocks that are run again in the backward pass.
         gpu: as a GPU's kernels would, else as this machine's processor does in plain torch. Not for models whose
             chunks end where a token surprises, which are counted on real tensors, a row of them, times ``rows``.
     """
@@ -76,17 +88,15 @@ def activations(
             tokens = torch.zeros(rows, length, dtype=torch.int64)
         _as_trained(model, settings)
         whole = _kept(model, tokens, settings.precision)
-        parts, block = whole.parts, whole.block
-        if checkpointing:
-            again = partial(
-                _products, device, settings.precision
-            )  # torch knows autocast again, but not of meta tensors
-            checkpoint_blocks(model.blocks, context_fn=lambda: (nullcontext(), again()))
-            parts = _kept(model, tokens, settings.precision, inputs=True).parts
+        parts = whole.parts
+        if again:
+            products = partial(_products, device, settings.precision)  # torch's own autocast knows no meta tensors
+            checkpoint_blocks(model.blocks, again, context_fn=lambda: (nullcontext(), products()))
+            parts = _kept(model, tokens, settings.precision, again).parts
         peak = _peak(model, tokens, settings.precision)
     parts = {name: size * scale for name, size in parts.items() if size}
     working = max(0, peak * scale - sum(parts.values()))
-    return Activations(parts, block * scale, working, checkpointing)
+    return Activations(parts, tuple(size * scale for size in whole.blocks), working, tuple(sorted(again)))
 
 
 def _as_trained(model: MemoryLM, settings: TrainConfig) -> None:
@@ -159,8 +169,8 @@ class _States(TorchDispatchMode):
         return out
 
 
-def _kept(model: MemoryLM, tokens: Tensor, precision: str, inputs: bool = False) -> Activations:
-    """One forward; with ``inputs`` those of the blocks are kept too, which checkpointing holds by itself."""
+def _kept(model: MemoryLM, tokens: Tensor, precision: str, again: Collection[int] = ()) -> Activations:
+    """One forward; the inputs of the blocks of ``again`` are kept too, which checkpointing holds by itself."""
     keeper = _Keeper(model)
     handles: list[Any] = [*keeper.inside(model.embed, "embed"), *keeper.inside(model.norm, "norms")]
     if model.hmt is not None:
@@ -169,7 +179,7 @@ def _kept(model: MemoryLM, tokens: Tensor, precision: str, inputs: bool = False)
         handles += keeper.inside(block, "blocks", i)
         for name, part in block.named_children():
             handles += keeper.inside(part, "norms" if name.startswith("norm") else f"{name}s")
-        if inputs:
+        if i in again:
             handles.append(block.register_forward_pre_hook(_noting(keeper)))
     try:
         hooks = torch.autograd.graph.saved_tensors_hooks(keeper.pack, lambda x: x)
@@ -184,7 +194,7 @@ def _kept(model: MemoryLM, tokens: Tensor, precision: str, inputs: bool = False)
         parts[kind] = parts.get(kind, 0) + size
         if index >= 0:
             blocks[index] += size
-    return Activations(parts, max(blocks), 0, inputs)
+    return Activations(parts, tuple(blocks), 0, tuple(again))
 
 
 def _noting(keeper: _Keeper) -> Callable[..., None]:

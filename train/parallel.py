@@ -9,7 +9,7 @@ a run does not depend on how it is spread.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -138,17 +138,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.tokens.pin_memory(), batch.targets.pin_memory(), borders).to(device, non_blocking=True)
 
 
-def checkpoint_blocks(blocks: nn.ModuleList, every: int = 1, **options: Any) -> None:
+def checkpoint_blocks(blocks: nn.ModuleList, again: Collection[int] | None = None, **options: Any) -> None:
     """Keep only each block's inputs for the backward pass and run the block again there: memory for one more forward.
 
     Args:
-        every: only of every so many-th block, beginning with the first: of n, 1/n of the time for 1/n of the memory.
+        again: the numbers of the blocks that this is done with (:mod:`.recompute` chooses); None: all.
         options: those of ``torch.utils.checkpoint.checkpoint``.
 
     The block's ``forward`` is replaced rather than the block wrapped, so that no parameter changes its name.
     """
-    for block in list(blocks)[::every]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+    for number, block in enumerate(blocks):
+        if again is None or number in again:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def distribute(model: nn.Module, blocks: nn.ModuleList, kind: str, world: World, shard: int | None = None) -> nn.Module:

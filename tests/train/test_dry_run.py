@@ -137,7 +137,7 @@ def test_kept_activations_are_those_of_a_real_forward(name, bf16):
     """Exactly where both take one path. Attention over windows in float32 is another operation on a CPU, that keeps its
     products: there within a sixth."""
     config = read_config(f"tiny/{name}", SMALL | {"train.precision": "bf16" if bf16 else "fp32"})
-    found = activations(config.model, config.train, ROWS, gpu=False, checkpointing=False).kept
+    found = activations(config.model, config.train, ROWS, gpu=False).kept
     real = really_kept(config, ROWS, bf16)
     if bf16 or name not in ("titans_mag", "transformer"):
         assert found == real
@@ -176,18 +176,18 @@ def test_autocast_of_shapes_is_that_of_a_processor(product):
 def test_kept_activations_of_other_paths_are_near(name):
     """A processor rotates by other tables than a GPU, and reads tokens' values where it can: within a tenth."""
     config = read_config(f"tiny/{name}", SMALL | {"model.dim": 64, "train.seq_len": 96})
-    found = activations(config.model, config.train, ROWS, gpu=False, checkpointing=False).kept
+    found = activations(config.model, config.train, ROWS, gpu=False).kept
     assert 0.9 <= found / really_kept(config, ROWS) <= 1.1
 
 
 def test_checkpointing_keeps_what_it_says():
     config = read_config("tiny/titans_lmm", SMALL)
-    found = activations(config.model, config.train, ROWS, gpu=False, checkpointing=True)
+    found = activations(config.model, config.train, ROWS, gpu=False, again=(0, 1))
     assert found.kept == really_kept(config, ROWS, checkpointing=True)
     assert found.parts["inputs"] == 2 * ROWS * LENGTH * 32 * 4
-    whole = activations(config.model, config.train, ROWS, gpu=False, checkpointing=False)
+    whole = activations(config.model, config.train, ROWS, gpu=False)
     assert found.kept + found.working < whole.kept + whole.working
-    assert found.working > whole.block  # one block is there whole while it is run again
+    assert found.working > max(whole.blocks)  # one block is there whole while it is run again
 
 
 def test_a_gpu_keeps_what_the_kernels_keep(content, monkeypatch):
@@ -195,8 +195,8 @@ def test_a_gpu_keeps_what_the_kernels_keep(content, monkeypatch):
     rotations: within a tenth."""
     mixer = {"kind": "neural_memory", "memory": {"heads": 2, "chunk_size": 8}}
     config = read_config(content, {"model.mixer": mixer, "train.seq_len": 64, "model.layers": 1})
-    found = activations(config.model, config.train, 1, gpu=True, checkpointing=False)
-    plain = activations(config.model, config.train, 1, gpu=False, checkpointing=False)
+    found = activations(config.model, config.train, 1, gpu=True)
+    plain = activations(config.model, config.train, 1, gpu=False)
     monkeypatch.setenv("PALIMPSEST_BACKEND", "triton")
     real = really_kept(config, 1)
     assert 0.9 <= found.kept / real <= 1.1
@@ -208,7 +208,7 @@ def test_working_memory_is_what_a_profiler_sees():
     themselves, of constant size, is in that alone: here a fifth at most."""
     config = read_config("tiny/transformer", SMALL | {"model.dim": 64, "train.seq_len": 96})
     for checkpointing in (False, True):
-        found = activations(config.model, config.train, ROWS, gpu=False, checkpointing=checkpointing)
+        found = activations(config.model, config.train, ROWS, gpu=False, again=(0, 1) if checkpointing else ())
         assert 0.8 <= (found.kept + found.working) / _allocated(config, checkpointing) <= 1
 
 
@@ -257,6 +257,36 @@ def test_a_plan_says_what_the_config_says(content, tmp_path):
     shown = text(found)
     assert f"{total:,}" in shown and "ESTIMATED" in shown and "of 0.5 on 3 x A100 (312.0 TFLOP/s)" in shown
     assert "12 sequences = 3 processes (ddp) x 2 micro batches x 2 sequences of 16 tokens" in shown
+    assert "recomputed: all 2 blocks run again" in shown
+
+
+def test_a_plan_recomputes_the_blocks_that_the_run_does(content):
+    keys = {"model.layers": 3, "train.seq_len": 64, "train.activation_checkpointing": True}
+    budget = read_config(content, keys)
+    rows = budget.train.micro_batches(1)[1]
+    first = activations(budget.model, budget.train, rows, gpu=True, again=[1])  # a memory, which keeps the most
+    for more, again in (({"train.recompute_every": 2}, [0, 2]), ({"train.activation_budget": first.peak / 2**30}, [1])):
+        found = plan(read_config(content, keys | more))
+        assert found["memory"]["recomputed_blocks"] == again and found["memory"]["checkpointing"]
+        held = activations(budget.model, budget.train, rows, gpu=True, again=again)
+        assert found["memory"]["activations"]["checkpointed"] == held.parts
+        assert f"recomputed: blocks {', '.join(map(str, again))} run again" in text(found)
+
+
+def test_a_plan_of_divided_sequences_is_of_the_first_process(content):
+    """It holds a part of each sequence, of as many micro batches as there are processes to run ahead of."""
+    keys = {"train.batch_size": 8, "train.micro_batch_size": 1, "train.seq_len": 96, "train.parallel": "ddp"}
+    config = read_config(content, keys | {"train.sequence_parallel": 3})
+    found = plan(config, processes=6)
+    assert (found["batch"]["micro_batches"], found["batch"]["sequences_per_micro_batch"]) == (4, 1)
+    part = activations(config.model, config.train, 1, gpu=True, seq_len=32)
+    lines = {line["what"]: line for line in found["memory"]["lines"]}
+    for name in ("mixers", "mlps"):
+        assert lines[f"activations: {name}"]["bytes"] == 3 * part.parts[name]
+    assert "3 micro batches of 1 x 32 tokens" in lines["activations: mixers"]["formula"]
+    shown = text(found)
+    assert "2 groups of 3 processes, a part of each sequence in each, (ddp) x 4 micro batches" in shown
+    assert "of the first of 3 processes; what they hear of each other is not counted" in shown
 
 
 def test_micro_batches_of_fsdp_keep_whole_gradients(content):

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 from training import MODEL, TRAIN
 
@@ -13,6 +14,8 @@ from palimpsest.models import build
 from palimpsest.models.config import ConfigError
 from palimpsest.train import parallel, read_config
 from palimpsest.train.float8 import use_float8
+from palimpsest.train.memory_estimate import activations
+from palimpsest.train.recompute import by_budget, chosen, named
 
 # Compares the weights before the first update with those that the seed gives in this one process.
 FRESH = """
@@ -76,6 +79,10 @@ def test_only_sharded_models_are_made_on_meta():
         read_config(content)
 
 
+def checkpointed(**keys):
+    return read_config({"name": "x", "model": MODEL, "train": {"activation_checkpointing": True, **keys}})
+
+
 @pytest.mark.parametrize(("every", "calls"), [(1, [2, 2, 2, 2, 2]), (2, [2, 1, 2, 1, 2]), (3, [2, 1, 1, 2, 1])])
 def test_every_so_many_th_block_is_run_again(every, calls):
     seen = [0] * 5
@@ -92,7 +99,7 @@ def test_every_so_many_th_block_is_run_again(every, calls):
     gradients = []
     for spare in (False, True):
         if spare:
-            parallel.checkpoint_blocks(blocks, every)
+            parallel.checkpoint_blocks(blocks, chosen(checkpointed(recompute_every=every), 5, 1, gpu=False))
             seen[:] = [0] * 5
         x = torch.ones(2, 3)
         for block in blocks:
@@ -102,6 +109,83 @@ def test_every_so_many_th_block_is_run_again(every, calls):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     with pytest.raises(ConfigError, match="train.recompute_every was 2; it must be 1 unless train.activation_checkp"):
         read_config({"name": "x", "model": MODEL, "train": {"recompute_every": 2}})
+
+
+# Says after the model is spread which blocks' forward is torch's checkpoint.
+CHECKPOINTED = """
+from palimpsest.train import parallel
+distribute = parallel.distribute
+def told(model, blocks, *args):
+    print("checkpointed", [i for i, block in enumerate(blocks) if hasattr(block.forward, "func")])
+    return distribute(model, blocks, *args)
+parallel.distribute = told
+"""
+
+# Blocks 0, 2, 4 keep more than 1 and 3: an attention's activations are fewer than a memory's.
+MIXED = {
+    "vocab_size": 256,
+    "dim": 16,
+    "layers": 5,
+    "mixer": [{"kind": "neural_memory", "memory": {"heads": 2, "chunk_size": 8}}, {"kind": "attention", "heads": 2}],
+}
+
+
+def budgeted(gib, **keys):
+    train = {"activation_checkpointing": True, "activation_budget": gib, "seq_len": 64, **keys}
+    return read_config({"name": "x", "model": MIXED, "train": train})
+
+
+def test_a_budget_takes_the_fewest_blocks_that_fit_the_largest_first(caplog):
+    config, order = budgeted(1.0), [0, 2, 4, 1, 3]
+    counts = [activations(config.model, config.train, 2, gpu=False, again=order[:n]) for n in range(6)]
+    peaks = [found.peak for found in counts]
+    assert peaks == sorted(peaks, reverse=True) and peaks[5] < peaks[0] / 2
+    sizes = counts[0].blocks
+    assert sizes[0] >= sizes[2] >= sizes[4] > sizes[1] >= sizes[3] > 0
+    for budget in {*peaks, *(peak - 1 for peak in peaks[:5] if peak > peaks[5])}:
+        fewest = next(n for n, peak in enumerate(peaks) if peak <= budget)
+        assert by_budget(config, 2, budget, gpu=False).again == tuple(sorted(order[:fewest]))
+    with pytest.raises(ConfigError, match=r"train.activation_budget was .*; it must be at least .* GiB, which 2 x 64"):
+        by_budget(config, 2, peaks[5] - 1, gpu=False)
+    with caplog.at_level("INFO", "palimpsest"):
+        assert chosen(budgeted(peaks[2] / 2**30), 5, 2, gpu=False) == (0, 2)
+    assert "activation checkpointing: 2 of 5 blocks (0, 2) are run again; counted on shapes" in caplog.text
+
+
+def test_a_budget_is_kept_to_by_the_run(run, corpus, tmp_path):
+    """The log has what was chosen, and the weights have the bits of a run that recomputes nothing."""
+    peak = activations(budgeted(1.0).model, budgeted(1.0).train, 2, gpu=False, again=[0, 2]).peak
+    weights = []
+    for name, keys in (
+        ("plain", []),
+        ("budget", ["activation_checkpointing=true", f"activation_budget={peak / 2**30}"]),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        train = {**TRAIN, "seq_len": 64, "batch_size": 2, "micro_batch_size": None, "out": str(tmp_path / name)}
+        path.write_text(yaml.safe_dump({"name": name, "model": MIXED, "data": corpus, "train": train}))
+        result = run(path, *(f"train.{key}" for key in keys), prelude=CHECKPOINTED)
+        assert result.codes == [0], result.output
+        assert ("2 of 5 blocks (0, 2) are run again" in result.output) == bool(keys)
+        assert f"checkpointed {[0, 2] if keys else []}\n" in result.output
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"activation_checkpointing": False}, "must be null unless train.activation_checkpointing is true"),
+        ({"recompute_every": 2}, "must be null with train.recompute_every"),
+        ({"sequence_parallel": 2}, "must be null with train.sequence_parallel"),
+    ],
+)
+def test_a_budget_that_chooses_nothing_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=f"train.activation_budget was 0.5; it {message}"):
+        budgeted(0.5, **keys)
+
+
+def test_numbers_of_blocks_in_few_words():
+    assert [named(x) for x in ((), (3,), (0, 1), (0, 1, 2, 5, 7, 8))] == ["none", "3", "0 to 1", "0 to 2, 5, 7 to 8"]
 
 
 def test_float8_says_what_is_missing(monkeypatch):
