@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import MODEL, TRAIN, learnt
 
 from palimpsest.models import build, load
+from palimpsest.train.optimizers.measure import apart
+from palimpsest.train.optimizers.peak import Peak
 
 measure = importlib.import_module("palimpsest.train.optimizers.__main__")
 
@@ -110,3 +112,32 @@ def test_the_table(corpus, tmp_path, capsys):
         assert f"| {name} | {row['trained_parameters']:,} | {row['state_bytes']:,} |" in printed
     assert measure.main([str(path), "train.galore.rank=16", "--only", "galore"]) == 2
     assert "error: train.galore.rank was 16" in capsys.readouterr().err
+
+
+def held(size: int) -> int:
+    """The peak of a process that holds so many bytes for a moment."""
+    with Peak(torch.device("cpu")) as peak:
+        x = torch.ones(size // 4)
+        del x
+    return peak.bytes
+
+
+def test_a_peak_is_what_was_held_for_a_moment():
+    """Against one measured in the same way, so that the code that the allocation itself brings in is in both."""
+    size = 64 * 2**20
+    assert apart(held, size) - apart(held, 2**20) == pytest.approx(size - 2**20, rel=0.05)
+
+
+def test_the_table_tells_the_peak(corpus, tmp_path, capsys):
+    """Parameters, gradients and state are in it, of a model large enough to be seen beside code and activations."""
+    path = tmp_path / "tiny.yaml"
+    model = MODEL | {"dim": 512, "layers": 1, "mixer": {"kind": "attention", "heads": 2}, "ffn_hidden": 4096}
+    path.write_text(yaml.safe_dump({"name": "tiny", "model": model, "data": corpus, "train": TRAIN}))
+    options = ["train.validate_every=0", "--updates", "2", "--only", "adamw", "muon", "--peak"]
+    assert measure.main([str(path), *options, "--json", str(tmp_path / "table.json")]) == 0
+    adamw, muon = json.loads((tmp_path / "table.json").read_text())["rows"]
+    fixed, printed = 8 * adamw["trained_parameters"], capsys.readouterr().out
+    for row in (adamw, muon):
+        assert row["peak_bytes"] > fixed + row["state_bytes"]
+        assert f"{row['bytes_per_parameter']:.2f} | {row['peak_bytes']:,} |" in printed
+    assert adamw["peak_bytes"] < 2 * (fixed + adamw["state_bytes"])

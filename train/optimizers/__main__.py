@@ -4,12 +4,14 @@ Trains the config's model for a few updates with every optimizer, and with AdamW
 on the same batches, and prints a table: the bytes of the optimizer's state, summed over its tensors, these by parameter
 of the dense model, and the loss in the end, held-out where the config has a held-out split. With several ``--lr`` it is
 the best of them. A few updates of a small model do not say which optimizer is better for a large one.
+
+With ``--peak`` each arm is trained in a process of its own, and the most memory is told that it held, beyond what it
+had before its model was made: parameters, gradients, state, activations, and all that an update takes for a moment.
 """
 
 import argparse
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,10 @@ import torch
 
 from ...kernels.profile.measure import write
 from .. import launch, parallel
-from ..checkpoint import Checkpointer
 from ..config import ConfigError, RunConfig, parse_overrides, read_config
 from ..data import DataError
-from ..interrupt import Interrupt
-from ..loop import Run
-from ..metrics import Progress
-from ..optim import state_bytes
 from ..optim_config import OPTIONS
-from ..parallel import World
+from .measure import apart, measure, measure_alone
 
 SLTRAIN = "sltrain"
 NAMES = ("adamw", *OPTIONS, SLTRAIN)
@@ -51,29 +48,6 @@ def arms(source: str, updates: int, given: Mapping[str, Any], names: Sequence[st
         yield name, read_config(source, fixed | own)
 
 
-def measure(config: RunConfig, world: World, corpus: Any) -> dict[str, Any]:
-    """Train, and return the row of the table."""
-    core, model, optimizer = launch.model(config, world)
-    with tempfile.TemporaryDirectory() as name, Interrupt() as interrupt:
-        folder, progress = Path(name), Progress(config.train.steps, 0, silent=True)
-        run = Run(
-            config, world, folder, core, model, optimizer, corpus, Checkpointer(folder), None, progress, interrupt
-        )
-        run.loop()
-    if run.step < config.train.steps:
-        raise KeyboardInterrupt
-    settings = config.train.model_dump(mode="json")
-    return {
-        "optimizer": settings["optimizer"],
-        "options": settings.get(settings["optimizer"]) or settings["sltrain"],
-        "lr": config.train.lr,
-        "trained_parameters": sum(p.numel() for p in core.parameters() if p.requires_grad),
-        "state_bytes": state_bytes(optimizer),
-        "loss": run.loss,
-        "validation_loss": run.validation_loss,
-    }
-
-
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row with the lowest loss, held-out where there is one."""
     return min(rows, key=lambda row: row["loss"] if row["validation_loss"] is None else row["validation_loss"])
@@ -81,14 +55,16 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]], updates: int) -> str:
     """The rows as Markdown."""
+    peak = " | peak, bytes" if "peak_bytes" in rows[0] else ""
     lines = [
-        "| optimizer | trained parameters | state, bytes | bytes per parameter "
+        f"| optimizer | trained parameters | state, bytes | bytes per parameter{peak} "
         f"| lr | loss after {updates} updates | held out |",
-        "|---|---|---|---|---|---|---|",
+        "|---" * (8 if peak else 7) + "|",
     ]
     for row in rows:
         held = "" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
         numbers = f"{row['trained_parameters']:,} | {row['state_bytes']:,} | {row['bytes_per_parameter']:.2f}"
+        numbers += f" | {row['peak_bytes']:,}" if peak else ""
         lines.append(f"| {row['name']} | {numbers} | {row['lr']:g} | {row['loss']:.3f} | {held} |")
     return "\n".join(lines)
 
@@ -106,7 +82,8 @@ def compare(source: str, options: argparse.Namespace) -> dict[str, Any]:
         tried = []
         for lr in options.lr or [config.train.lr]:
             there = config.train.model_copy(update={"lr": lr})
-            tried.append(measure(config.model_copy(update={"train": there}), world, corpus))
+            run = config.model_copy(update={"train": there})
+            tried.append(apart(measure_alone, run) if options.peak else measure(run, world, corpus))
         if name != SLTRAIN:
             dense = tried[0]["trained_parameters"]
         row = {"name": "adamw + sltrain" if name == SLTRAIN else name, **best(tried)}
@@ -127,6 +104,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates, of which the best one counts")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--peak", action="store_true", help="tell the most memory that each held")
     parser.add_argument("--json", type=Path)
     options = parser.parse_intermixed_args(words)
     logging.getLogger("palimpsest").setLevel(logging.WARNING)
