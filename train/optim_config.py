@@ -164,6 +164,12 @@ def check(settings: "TrainConfig") -> None:
 
 
 def _check_schedule(settings: "TrainConfig") -> None:
+    used = {"constant": (), "cosine": ("min_lr_ratio",)}.get(settings.schedule, ("min_lr_ratio", "decay_fraction"))
+    for key in ("min_lr_ratio", "decay_fraction"):
+        value, default = getattr(settings, key), type(settings).model_fields[key].default
+        if key not in used and value != default:
+            must = f"it must be left at {default} with train.schedule {settings.schedule}, which does not use it"
+            raise ValueError(f"train.{key} was {value}; {must}")
     infinite = settings.schedule == "infinite"
     for key in ("cooldown_steps", "constant_lr_ratio"):
         value = getattr(settings, key)

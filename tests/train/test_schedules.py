@@ -113,3 +113,18 @@ def test_a_config_says_the_same():
 def test_keys_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         read(**KEYS | changes)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "keys"),
+    [("constant", ("min_lr_ratio", "decay_fraction")), ("cosine", ("decay_fraction",)), ("wsd", ())],
+)
+def test_what_a_schedule_does_not_use_is_refused(schedule, keys):
+    for key in ("min_lr_ratio", "decay_fraction"):
+        if key not in keys:
+            read(schedule=schedule, **{key: 0.3})
+            continue
+        with pytest.raises(
+            ConfigError, match=f"train.{key} was 0.3; it must be left at .* train.schedule {schedule}, whi"
+        ):
+            read(schedule=schedule, **{key: 0.3})
