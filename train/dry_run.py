@@ -192,10 +192,15 @@ def _spread(config: RunConfig, found: Fixed, processes: int, shard: int, micro_b
     size = 2 * (found.root + 2 * found.block)
     formula = "2 x (what is outside of blocks + 2 x the largest block): parameters and gradients in use"
     lines = [Line("FSDP's whole tensors", size, size, formula)]
-    if micro_batches > 1:
+    if micro_batches > 1 and config.train.sequence_parallel > 1:
         size = found.whole_gradients
         formula = "4 bytes x trained parameters: whole until the last micro batch"
         lines.append(Line("FSDP's gradients of micro batches", size, size, formula))
+    elif micro_batches > 1 and shard < processes:
+        formula = (
+            f"4 bytes x trained parameters / {shard} processes: summed up over replicas after the last micro batch"
+        )
+        lines.append(Line("FSDP's gradients of micro batches", found.gradients, found.gradients, formula))
     return lines
 
 

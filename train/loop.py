@@ -258,7 +258,7 @@ class Run:
         if self.sequence is not None:
             loss_sum += self.sequence.gradients(self, batches, valid)
         for index, batch in enumerate(batches if self.sequence is None else []):
-            with parallel.accumulate(self.model, last=index == len(batches) - 1):
+            with parallel.accumulate(self.model, last=index == len(batches) - 1, sharded=True):
                 loss_sum += self.backward(batch, valid)
         loss = parallel.total(loss_sum).double() / max(valid, 1)
         norm = optim.clip(self.model.parameters(), settings.grad_clip)

@@ -188,10 +188,17 @@ def distribute(model: nn.Module, blocks: nn.ModuleList, kind: str, world: World,
 
 
 @contextmanager
-def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
-    """Run one micro batch: gradients stay local until the ``last``, which sums them up over the processes."""
+def accumulate(model: nn.Module, last: bool, *, sharded: bool = False) -> Iterator[None]:
+    """Run one micro batch: gradients stay local until the ``last``, which sums them up over the processes.
+
+    Args:
+        sharded: with ``fsdp``, let each micro batch sum them up over the processes that share a copy, so that none
+            keeps more of the gradients than its share: one reduction a micro batch for memory. Replicas wait for the
+            last.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or sharded)
+        model.set_requires_all_reduce(last)
         yield
         return
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():

@@ -72,6 +72,7 @@ def alone(gradients):
         ("fsdp-accumulated", 2, ["train.parallel=fsdp", "train.micro_batch_size=1"]),
         ("fsdp-checkpointing", 2, ["train.parallel=fsdp", "train.activation_checkpointing=true"]),
         ("hybrid", 4, ["train.parallel=fsdp", "train.fsdp_shard=2"]),
+        ("hybrid-accumulated", 2, ["train.parallel=fsdp", "train.fsdp_shard=1", "train.micro_batch_size=1"]),
     ],
 )
 def test_the_gradient_is_that_of_the_whole_batch(gradients, alone, name, processes, arguments):
@@ -84,6 +85,29 @@ def test_blocks_that_a_forward_runs_many_times(gradients, segments, way):
     kind, *rest = way.split("-")
     arguments = [SEGMENTS, f"train.parallel={kind}", *(["train.activation_checkpointing=true"] if rest else [])]
     compare(gradients(f"segments-{way}", 2, *arguments), segments)
+
+
+# Whether each parameter's gradient is there after each micro batch, and how much of it.
+SHARES = """
+from palimpsest.train import loop
+backward = loop.Run.backward
+def noted(self, batch, valid):
+    found = backward(self, batch, valid)
+    params = list(self.model.parameters())
+    mine = [p.grad.to_local().numel() for p in params if p.grad is not None]
+    print(f"rank {rank} has", len(mine) == len(params), sum(mine) < 0.6 * sum(p.numel() for p in params))
+    return found
+loop.Run.backward = noted
+"""
+
+
+def test_between_micro_batches_a_process_keeps_its_share_of_the_gradients(run, config):
+    keys = ["train.steps=1", "train.warmup_steps=1", "train.validate_every=0", "train.micro_batch_size=1"]
+    result = run(config, *keys, "train.parallel=fsdp", processes=2, prelude=SHARES)
+    assert result.codes == [0, 0], result.output
+    for rank in (0, 1):
+        assert result.output.count(f"rank {rank} has True True") == 2, result.output
+        assert f"rank {rank} has False" not in result.output
 
 
 SEGMENTS = "model.hmt={segment: 4, sensory: 1, memories: 3, bptt: 2}"
