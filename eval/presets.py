@@ -3,9 +3,9 @@
     python -m palimpsest.eval.ablate ablations/presets_text
     python -m palimpsest.eval.presets --text runs/ablations/presets_text/results.json --out docs/presets.md
 
-``--text`` and ``--mqar`` take ``results.json`` of ablations on text and on MQAR whose arms are named like presets; what
-they lack is a dash. Sizes and kernels are counted from the presets themselves. Training speed is measured here, all
-presets in turn and ``--rounds`` times, as a ratio to the first.
+``--text``, ``--mqar`` and ``--mad`` take ``results.json`` of ablations on text, on MQAR and on MAD's skills whose arms
+are named like presets; what they lack is a dash. Skills are a table of their own. Sizes and kernels are counted from the
+presets themselves. Training speed is measured here, all presets in turn and ``--rounds`` times, as a ratio to the first.
 """
 
 import argparse
@@ -85,6 +85,29 @@ def scores(results: Results, wanted: str) -> dict[str, str]:
     return shown
 
 
+def skill(results: Mapping[str, Any]) -> str:
+    """Which of MAD's an ablation was about.
+
+    Raises:
+        ValueError: for one that was about none.
+    """
+    try:
+        return str(results["ablation"]["set"]["data"]["options"]["kind"])
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"--mad had results of {results['ablation']['name']!r}; they must be of a skill of MAD"
+        ) from None
+
+
+def skills(size: str, results: Results) -> list[str]:
+    """The table of MAD's skills in Markdown, a column for each, and what the ablations were."""
+    names_of = list(dict.fromkeys(map(skill, results)))
+    columns = [scores([one for one in results if skill(one) == name], "mean") for name in names_of]
+    rows = [[preset, *(column.get(preset, "–") for column in columns)] for preset in names(size)]
+    head = "Share of right answers in the skills of MAD (Poli et al., 2024):"
+    return [head, table(["preset", *(name.replace("_", " ") for name in names_of)], rows), *map(told, results)]
+
+
 def told(results: Mapping[str, Any]) -> str:
     """What an ablation was, and where it ran."""
     ablation, runs = results["ablation"], results["runs"]
@@ -96,8 +119,9 @@ def told(results: Mapping[str, Any]) -> str:
     )
 
 
-def page(size: str, given: Mapping[str, Results], ratios: Mapping[str, float], how: str) -> str:
-    """The page in Markdown; ``given``: results by column, ``ratios``: speeds by preset, ``how`` they were taken."""
+def page(size: str, given: Mapping[str, Results], mad: Results, ratios: Mapping[str, float], how: str) -> str:
+    """The page in Markdown; ``given``: results by column, ``mad``: those by skill, ``ratios``: speeds by preset,
+    ``how`` they were taken."""
     columns = {key: scores(results, COLUMNS[key][1]) for key, results in given.items() if results}
     titles = ["preset", "parameters", "state bytes", "FLOPs/token", *(COLUMNS[key][0] for key in columns)]
     rows = []
@@ -115,8 +139,9 @@ def page(size: str, given: Mapping[str, Results], ratios: Mapping[str, float], h
         table([*titles, "kernels"], rows),
     ]
     parts += [f"{COLUMNS[key][0]}: {told(one)}" for key in columns for one in given[key]]
-    if columns:
+    if columns or mad:
         parts.append("Mean ± standard deviation over seeds; of several learning rates the best on validation.")
+    parts += skills(size, mad) if mad else []
     return "\n\n".join([*parts, *([f"Speed: {how}"] if ratios else [])]) + "\n"
 
 
@@ -127,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--text", type=Path, nargs="*", default=[], help="results.json of ablations on text")
     made.add_argument("--mqar", type=Path, nargs="*", default=[], help="results.json of ablations on MQAR")
+    made.add_argument("--mad", type=Path, nargs="*", default=[], help="results.json of ablations on skills of MAD")
     made.add_argument("--size", default="tiny", help="a folder of configs/")
     made.add_argument("--rounds", type=int, default=3, help="rounds of the speed measurement; 0: none")
     made.add_argument("--steps", type=int, default=5, help="timed updates of a preset a round")
@@ -136,11 +162,17 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def read(paths: Sequence[Path]) -> Results:
+    """What ablations wrote."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page and print it; 2 for bad input."""
     args = parser().parse_args(argv)
     with reported() as outcome:
-        given = {key: [json.loads(path.read_text(encoding="utf-8")) for path in getattr(args, key)] for key in COLUMNS}
+        given = {key: read(getattr(args, key)) for key in COLUMNS}
+        mad = read(args.mad)
         measured = (args.rounds, args.steps, args.batch, args.length)
         ratios = speeds(names(args.size), args.size, *measured) if args.rounds > 0 else {}
         where = record.provenance(torch.device("cpu"), 0.0)
@@ -149,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.rounds} rounds of {args.steps} updates; {where['machine']['cpu']}, {where['machine']['threads']} "
             f"threads, torch {where['versions']['torch']}, {where['date'][:10]}."
         )
-        content = page(args.size, given, ratios, how)
+        content = page(args.size, given, mad, ratios, how)
         if args.out:
             record.write_text(args.out, content)
         print(content)

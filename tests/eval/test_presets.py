@@ -74,6 +74,37 @@ def test_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
     assert "speed" not in capsys.readouterr().out.lower()
 
 
+def test_the_skills_of_mad_are_a_table_by_skill(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(presets, "names", lambda size: FEW)
+    paths = []
+    for number, (kind, arms) in enumerate(
+        (
+            ("noisy_recall", {"transformer": (0.5, None)}),
+            ("compression", {"atlas": (0.25, 0.125)}),
+            ("noisy_recall", {"atlas": (0.75, None), "transformer": (0.9, None)}),
+        )
+    ):
+        found = results("mean", **arms)
+        found["ablation"]["set"] = {"data": {"task": "mad", "options": {"kind": kind}}}
+        paths.append(tmp_path / f"{number}.json")
+        paths[-1].write_text(json.dumps(found))
+    assert presets.main(["--mad", *map(str, paths), "--rounds", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [row for row in cells if len(row) == 3] == [
+        ["preset", "noisy recall", "compression"],
+        cells[-4],  # the rule below the titles
+        ["transformer", "0.500", "–"],
+        ["titans_lmm", "–", "–"],
+        ["atlas", "0.750", "0.250 ± 0.125"],
+    ]
+    assert sum("ablations/tried`: Some bytes." in line for line in lines) == 3
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(results("mean", atlas=(0.5, None))))
+    assert presets.main(["--mad", str(other), "--rounds", "0"]) == 2
+    assert "--mad had results of 'tried'; they must be of a skill of MAD" in capsys.readouterr().err
+
+
 def test_the_kernels_of_memories_are_told_and_why_there_are_none() -> None:
     path = presets.path_of
     assert path(("rms_norm × 3: plain torch, for x was 1; it must 2", "neural_memory × 2: Triton")) == "Triton"
