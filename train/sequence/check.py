@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,32 +108,33 @@ def packed(length: int) -> list[list[int]]:
 
 
 def compare(
-    case: Any, link: Link, *, length: int, micro_batches: int = 2, documents: bool = False, **options: bool
+    case: Any,
+    link: Link,
+    *,
+    length: int,
+    micro_batches: int = 2,
+    documents: Sequence[Sequence[int]] = (),
+    **options: bool,
 ) -> Result | None:
     """A case, divided among the processes of a link and in its first process alone; None in the others.
 
-    Rows, one a micro batch, have ``length`` tokens; of ``documents`` those of :func:`packed` in turns. ``options``: of
-    :class:`.division.Division`.
+    Rows, one a micro batch, have ``length`` tokens. ``documents``: borders of those packed into a row, for the rows in
+    turns; none: rows without. ``options``: of :class:`.division.Division`.
     """
     torch.manual_seed(3)
     model = make(validate(ModelConfig, section(case))).double()
-    draw = torch.Generator().manual_seed(5)
-    tokens, targets = torch.randint(0, 11, (2, micro_batches, length), generator=draw)
-    batches = [Batch(tokens[i : i + 1], targets[i : i + 1]) for i in range(micro_batches)]
-    if documents:
-        cuts = [torch.tensor(row, dtype=torch.int32) for row in packed(length)]
-        batches = [batch._replace(cu_seqlens=cuts[i % len(cuts)]) for i, batch in enumerate(batches)]
+    batches = _batches(micro_batches, length, documents)
     divided = copy.deepcopy(model)
     division = Division(divided, divided, link, length, **options)
     division.everyone = link.groups[0]  # others may be busy with another case
     link.clock = link.worked = link.bytes = 0
     parts = [division.cut(batch) for batch in batches]
-    division.gradients(cast(Any, _Loop(division, micro_batches)), parts, tokens.numel())
+    division.gradients(cast(Any, _Loop(division, micro_batches)), parts, micro_batches * length)
     done = torch.tensor([link.clock, link.worked, link.bytes])
     with torch.no_grad():
         losses = [_losses(division.read, part) for part in parts]
     link.flush()
-    joined = _joined(link, torch.cat(losses), division, tokens)
+    joined = _joined(link, torch.cat(losses), division, micro_batches)
     clocks = [torch.zeros_like(done) for _ in link.ranks] if link.rank == 0 else None
     dist.gather(done, clocks, dst=link.ranks[0], group=link.groups[0])
     if clocks is None:
@@ -145,6 +146,14 @@ def compare(
     slots = int(max(clock[0] for clock in clocks))
     sent = int(sum(clock[2] for clock in clocks))
     return Result(_gap(joined, expected), worst, sent, slots, int(done[1]))
+
+
+def _batches(count: int, length: int, documents: Sequence[Sequence[int]]) -> list[Batch]:
+    draw = torch.Generator().manual_seed(5)
+    tokens, targets = torch.randint(0, 11, (2, count, length), generator=draw)
+    cuts = [torch.tensor(row, dtype=torch.int32) for row in documents]
+    rows = [Batch(tokens[i : i + 1], targets[i : i + 1]) for i in range(count)]
+    return [row._replace(cu_seqlens=cuts[i % len(cuts)]) for i, row in enumerate(rows)] if cuts else rows
 
 
 def alone(model: MemoryLM, batches: list[Batch]) -> tuple[Tensor, list[Tensor]]:
@@ -167,9 +176,9 @@ def _losses(read: Callable[..., Output], batch: Batch) -> Tensor:
     return loss
 
 
-def _joined(link: Link, part: Tensor, division: Division, like: Tensor) -> Tensor:
+def _joined(link: Link, part: Tensor, division: Division, rows: int) -> Tensor:
     """The parts of all processes side by side, in the first."""
-    whole = part.new_zeros(like.shape)
+    whole = part.new_zeros(rows, division.length)
     begin = link.rank * division.length // link.size
     whole[:, begin : begin + part.shape[1]] = part
     dist.reduce(whole, link.ranks[0], group=link.groups[0])
@@ -207,7 +216,7 @@ def process(rank: int, size: int, port: int, cases: Mapping[str, Any], length: i
     torch.set_num_threads(1)
     world = parallel.start("cpu")
     plain = work(cases, size, length=length, micro_batches=1)
-    documents = work(cases, size, length=length, documents=True)
+    documents = work(cases, size, length=length, documents=packed(length))
     if world.first:
         answers.put({name: (plain[name], documents[name]) for name in cases})
     parallel.stop(world)
