@@ -145,17 +145,18 @@ def path(tmp_path_factory):
 @pytest.mark.parametrize(
     ("documents", "processes", "arguments"),
     [
-        ("data.documents=packed", 3, ["train.parallel=ddp", "train.sequence_parallel=3"]),
+        (["data.documents=packed"], 3, ["train.parallel=ddp", "train.sequence_parallel=3"]),
         (
-            "data.documents=whole",
+            ["data.documents=whole"],
             4,
             ["train.parallel=fsdp", "train.sequence_parallel=4", "train.activation_checkpointing=true"],
         ),
+        (["data.documents=whole", "data.reset=false"], 2, ["train.parallel=ddp", "train.sequence_parallel=2"]),
     ],
 )
 def test_a_run_is_that_of_one_process(run, path, tmp_path, documents, processes, arguments):
     """Losses, norms and validation in float32, whose sums are in another order, over three updates."""
-    options = [path, documents, *SHORT]
+    options = [path, *documents, *SHORT]
     result = run(*options, f"train.out={tmp_path / 'alone'}")
     assert result.codes == [0], result.output
     result = run(*options, *arguments, f"train.out={tmp_path / 'divided'}", processes=processes)
