@@ -4,8 +4,9 @@
     python -m palimpsest.eval.presets --text runs/ablations/presets_text/results.json --out docs/presets.md
 
 ``--text``, ``--mqar`` and ``--mad`` take ``results.json`` of ablations on text, on MQAR and on MAD's skills whose arms
-are named like presets; what they lack is a dash. Skills are a table of their own. Sizes and kernels are counted from the
-presets themselves. Training speed is measured here, all presets in turn and ``--rounds`` times, as a ratio to the first.
+are named like presets; what they lack is a dash. Skills are a table of their own. Sizes and kernels are counted from
+the presets themselves. Training speed is measured here, all presets in turn and ``--rounds`` times, as a ratio to the
+first.
 """
 
 import argparse

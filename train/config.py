@@ -204,8 +204,6 @@ class RunConfig(Strict):
     def _sequences_are_divisible(self) -> Self:
         if self.train.sequence_parallel > 1:
             reason = "with train.sequence_parallel"
-            if self.data.documents != "stream":
-                raise ValueError(f"data.documents was {self.data.documents!r}; it must be 'stream' {reason}")
             if self.model.huggingface is not None:
                 raise ValueError(
                     f"model.huggingface was a section; it must be null {reason}: its cache is that library's"

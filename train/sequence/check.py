@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,7 +91,7 @@ class _Loop:
 
     def forward(self, batch: Batch) -> Output:
         """See :meth:`palimpsest.train.loop.Run.forward`."""
-        return self.division.read(batch.tokens, targets=batch.targets)
+        return self.division.read(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets)
 
     def objective(self, output: Output, valid: int) -> Tensor:
         """See :meth:`palimpsest.train.loop.Run.objective`."""
@@ -100,28 +100,41 @@ class _Loop:
         return output.loss_sum * (self.division.link.size / valid) + sum(output.aux.values()) / self.micro_batches
 
 
-def compare(case: Any, link: Link, *, length: int, micro_batches: int = 2, **options: bool) -> Result | None:
+def packed(length: int) -> list[list[int]]:
+    """Borders of documents for rows of ``length`` tokens: first a short document and one that is longer than several
+    parts; then several in the first part, a border in the middle, where parts meet, and some near the end."""
+    near, far = {0, 1, length // 8, length}, {0, length // 11, length // 5, length // 2, length - 4, length - 3, length}
+    return [sorted(near), sorted(x for x in far if x >= 0)]
+
+
+def compare(
+    case: Any,
+    link: Link,
+    *,
+    length: int,
+    micro_batches: int = 2,
+    documents: Sequence[Sequence[int]] = (),
+    **options: bool,
+) -> Result | None:
     """A case, divided among the processes of a link and in its first process alone; None in the others.
 
-    Rows, one a micro batch, have ``length`` tokens. ``options``: of :class:`.division.Division`.
+    Rows, one a micro batch, have ``length`` tokens. ``documents``: borders of those packed into a row, for the rows in
+    turns; none: rows without. ``options``: of :class:`.division.Division`.
     """
     torch.manual_seed(3)
     model = make(validate(ModelConfig, section(case))).double()
-    draw = torch.Generator().manual_seed(5)
-    tokens, targets = torch.randint(0, 11, (2, micro_batches, length), generator=draw)
-    batches = [Batch(tokens[i : i + 1], targets[i : i + 1]) for i in range(micro_batches)]
+    batches = _batches(micro_batches, length, documents)
     divided = copy.deepcopy(model)
     division = Division(divided, divided, link, length, **options)
     division.everyone = link.groups[0]  # others may be busy with another case
     link.clock = link.worked = link.bytes = 0
     parts = [division.cut(batch) for batch in batches]
-    division.gradients(cast(Any, _Loop(division, micro_batches)), parts, tokens.numel())
+    division.gradients(cast(Any, _Loop(division, micro_batches)), parts, micro_batches * length)
     done = torch.tensor([link.clock, link.worked, link.bytes])
     with torch.no_grad():
-        losses = [division.read(part.tokens, targets=part.targets, reduction="none").loss for part in parts]
+        losses = [_losses(division.read, part) for part in parts]
     link.flush()
-    found = torch.cat([x for x in losses if x is not None])
-    joined = _joined(link, found, division, tokens)
+    joined = _joined(link, torch.cat(losses), division, micro_batches)
     clocks = [torch.zeros_like(done) for _ in link.ranks] if link.rank == 0 else None
     dist.gather(done, clocks, dst=link.ranks[0], group=link.groups[0])
     if clocks is None:
@@ -135,22 +148,37 @@ def compare(case: Any, link: Link, *, length: int, micro_batches: int = 2, **opt
     return Result(_gap(joined, expected), worst, sent, slots, int(done[1]))
 
 
+def _batches(count: int, length: int, documents: Sequence[Sequence[int]]) -> list[Batch]:
+    draw = torch.Generator().manual_seed(5)
+    tokens, targets = torch.randint(0, 11, (2, count, length), generator=draw)
+    cuts = [torch.tensor(row, dtype=torch.int32) for row in documents]
+    rows = [Batch(tokens[i : i + 1], targets[i : i + 1]) for i in range(count)]
+    return [row._replace(cu_seqlens=cuts[i % len(cuts)]) for i, row in enumerate(rows)] if cuts else rows
+
+
 def alone(model: MemoryLM, batches: list[Batch]) -> tuple[Tensor, list[Tensor]]:
     """Losses [B, T] and the gradient of every parameter, in one process."""
     losses = []
     valid = sum(batch.targets.numel() for batch in batches)
     for batch in batches:
-        output = model(batch.tokens, targets=batch.targets)
+        output = model(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets)
         (output.loss_sum / valid + sum(output.aux.values()) / len(batches)).backward()
         with torch.no_grad():
-            losses.append(model(batch.tokens, targets=batch.targets, reduction="none").loss)
+            losses.append(_losses(model, batch))
     parameters: list[nn.Parameter] = list(model.parameters())
     return torch.cat(losses), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
-def _joined(link: Link, part: Tensor, division: Division, like: Tensor) -> Tensor:
+def _losses(read: Callable[..., Output], batch: Batch) -> Tensor:
+    """−log p of each target [B, T]."""
+    loss = read(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets, reduction="none").loss
+    assert loss is not None  # it is there whenever there are targets
+    return loss
+
+
+def _joined(link: Link, part: Tensor, division: Division, rows: int) -> Tensor:
     """The parts of all processes side by side, in the first."""
-    whole = part.new_zeros(like.shape)
+    whole = part.new_zeros(rows, division.length)
     begin = link.rank * division.length // link.size
     whole[:, begin : begin + part.shape[1]] = part
     dist.reduce(whole, link.ranks[0], group=link.groups[0])
@@ -181,12 +209,14 @@ def work(cases: Mapping[str, Any], size: int, **options: Any) -> dict[str, Resul
 
 
 def process(rank: int, size: int, port: int, cases: Mapping[str, Any], length: int, answers: Any) -> None:
-    """One of ``size`` processes of this machine that meet at a port; the first puts the results into a queue."""
+    """One of ``size`` processes of this machine that meet at a port; the first puts the results into a queue: of each
+    case that of rows, and that of packed documents."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     world = parallel.start("cpu")
-    found = work(cases, size, length=length, micro_batches=1)
+    plain = work(cases, size, length=length, micro_batches=1)
+    documents = work(cases, size, length=length, documents=packed(length))
     if world.first:
-        answers.put(found)
+        answers.put({name: (plain[name], documents[name]) for name in cases})
     parallel.stop(world)

@@ -17,9 +17,10 @@ from .. import parallel
 from ..config import RunConfig
 from ..parallel import World
 from ..split import Batch
+from .documents import Piece
 from .link import TIMEOUT, Link
 from .mixers import checkpointed, divide, hands_on
-from .passage import Passage, borders
+from .passage import Passage, borders, joined
 from .schedule import FORWARD, order
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Division:
             checkpointed(core, self)
 
     def cut(self, batch: Batch) -> Batch:
-        """This process's part of the rows of a batch, whose length is that of all rows until the next cut.
+        """This process's part of the rows of a batch, whose length is that of all rows until the next cut. Documents
+        keep the borders that they have in the whole row.
 
         Raises:
             ValueError: for rows with fewer tokens than there are processes.
@@ -104,7 +106,8 @@ class Division:
                 f"rows were of {self.length} tokens; they must be of {self.link.size}, the processes, or more"
             )
         mine = slice(*borders(self.length, self.link.size)[self.link.rank :][:2])
-        return Batch(*(x[:, mine].contiguous() for x in batch[:2]))
+        tokens, targets = (x[:, mine].contiguous() for x in batch[:2])
+        return Batch(tokens, targets, batch.cu_seqlens)
 
     def read(
         self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, return_state: Any = None, **options: Any
@@ -112,13 +115,21 @@ class Division:
         """The model's answer to this process's part of rows. The processes' ``loss_sum`` sum up to that of the whole;
         ``loss`` and ``valid`` are this part's.
 
+        Args:
+            cu_seqlens: borders of the documents in the whole row, as :meth:`cut` leaves them.
+
         Raises:
-            ValueError: for packed documents, or when a state is asked for.
+            ValueError: when a state is asked for, or the tokens are not this process's part of the documents.
         """
-        if cu_seqlens is not None or return_state:
-            was = f"cu_seqlens {cu_seqlens is not None}, return_state {return_state}"
-            raise ValueError(f"{was}; with sequences divided among processes there must be neither")
-        passage = Passage(self.link, self.length)
+        if return_state:
+            must = "be false with sequences divided among processes, each of which has a part"
+            raise ValueError(f"return_state was {return_state}; it must {must}")
+        documents = None if cu_seqlens is None else cu_seqlens.tolist()
+        passage = Passage(self.link, self.length if documents is None else documents[-1], documents)
+        size = passage.borders[self.link.rank + 1] - passage.begin
+        if documents is not None and tokens.shape != (1, size):
+            was, must = f"tokens was {tuple(tokens.shape)}", f"(1, {size}), this process's part of all {passage.length}"
+            raise ValueError(f"{was}; with cu_seqlens of a whole row it must be {must}")
         output = self._through(passage, tokens, options)
         part = Part(**{one.name: getattr(output, one.name) for one in fields(output)}, passage=passage)
         if part.loss_sum is not None:
@@ -131,30 +142,32 @@ class Division:
             return self._handed(passage, tokens, options)
         self.now = passage
         try:
-            return self.model(tokens, return_state=False, **options)
+            return self.model(tokens, cu_seqlens=passage.cu_seqlens, return_state=False, **options)
         finally:
             self.now = None
 
     def _handed(self, passage: Passage, tokens: Tensor, options: dict[str, Any]) -> Output:
         """With memory over segments each pass of the backbone begins anew: the state of the model is handed on."""
 
-        def call(state: LayerState | None, keep: bool) -> tuple[Output, LayerState | None]:
+        def call(piece: Piece, state: LayerState | None, keep: bool) -> tuple[Output, LayerState | None]:
             held = None
             if state is not None:
-                place = torch.full((tokens.shape[0],), passage.begin, device=tokens.device)
+                place = passage.seen(tokens.shape[0]).long()
                 held = State(list(state.values()), place, self.core.fingerprint)
-            output = self.model(tokens, state=held, return_state=keep, **options)
+            own = {name: x[:, piece.tokens] if name == "targets" else x for name, x in options.items()}
+            borders = piece.cu_seqlens
+            output = self.model(tokens[:, piece.tokens], state=held, cu_seqlens=borders, return_state=keep, **own)
             after = {str(i): layer for i, layer in enumerate(output.state.layers)} if keep else None
             return output, after
 
-        return passage.hand_on("the state of the model", call)
+        return _together(passage.hand_on("the state of the model", call))
 
     # -- the router's losses -------------------------------------------------------------------------------------------
 
     def _count_ahead(self, passage: Passage) -> dict[str, Tensor]:
         """How often each memory was chosen so far, added up from the first process to the last, which then knows."""
         what = "how often memories were chosen"
-        counts = {str(i): count for i, (_, count) in enumerate(passage.routed)}
+        counts = {str(i): count for i, (_, count) in enumerate(passage.routed.values())}
         if counts and not passage.first:
             before, _ = self.link.receive(self.link.rank - 1, what)
             counts = {name: count + before[name] for name, count in counts.items()}
@@ -173,7 +186,7 @@ class Division:
                 counts, _ = self.link.receive(self.link.rank + 1, what, back=True)
             if not passage.first:
                 self.link.send(self.link.rank - 1, counts, what, back=True)
-            each = [(counts[str(i)].to(p) * p).sum() for i, (p, _) in enumerate(passage.routed)]
+            each = [(counts[str(i)].to(p) * p).sum() for i, (p, _) in enumerate(passage.routed.values())]
             aux["balance"] = torch.stack(each).sum()
         return {name: value * self.link.size for name, value in aux.items()}
 
@@ -204,6 +217,21 @@ class Division:
         if not self.sharded:
             average(list(self.core.parameters()), self.everyone)
         return loss_sum
+
+
+def _together(outputs: Sequence[Output]) -> Output:
+    """The answers to pieces of a row as one. Further losses there are none of, for the config has refused them."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if outputs[0].logits is not None:
+        return Output(logits=joined([x.logits for x in outputs if x.logits is not None]))
+    losses, sums, valid = (
+        [value for x in outputs if (value := getattr(x, name)) is not None] for name in ("loss", "loss_sum", "valid")
+    )
+    count = torch.stack(valid).sum()
+    total = torch.stack(sums).sum()
+    loss = joined(losses) if losses[0].dim() else total / count.clamp(min=1)
+    return Output(loss=loss, loss_sum=total, valid=count)
 
 
 def average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:

@@ -10,9 +10,12 @@ Applied from outside: methods of a model's own modules are replaced, one by one,
     states      all else: the state that the part before leaves behind, by the contract of every mixer that a whole is
                 its first part and then the rest from the first one's state. One process after the other, and several
                 micro batches on their way at once.
+
+Of packed documents only one goes on from a part to the next, if any; see :mod:`.documents`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Protocol
 
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels.routing import Routing
+from ...kernels.routing import Routing, dispatch
 from ...models import MemoryLM
 from ...models.losses import add_loss, collected
 from ...models.mixers import LayerState, Mixer
@@ -35,8 +38,9 @@ from ...models.mixers.mal import MemoryAsLayer
 from ...models.mixers.mixture import MixtureOfMemories
 from ...models.mixers.neural_memory import MemoryLayer
 from ...models.mixers.tnt import ShardedMemory
+from .documents import Piece
 from .link import Tree
-from .passage import Passage
+from .passage import Passage, joined
 
 Step = tuple[Tensor, LayerState | None]
 
@@ -141,8 +145,10 @@ def _whole(mixer: Mixer, division: Underway, what: str) -> None:
     """The state of a mixer is handed on."""
 
     def forward(now: Passage, original: Callable[..., Step], x: Tensor, *_: Any) -> Step:
-        y: Tensor = now.hand_on(what, lambda state, keep: original(x, state, None, keep))
-        return y, None
+        def run(piece: Piece, state: LayerState | None, keep: bool) -> Step:
+            return original(x[:, piece.tokens], state, piece.cu_seqlens, keep)
+
+        return joined(now.hand_on(what, run)), None
 
     _replace(mixer, "forward", division, forward)
 
@@ -156,30 +162,47 @@ def _attention(core: AttentionHeads, division: Underway, what: str) -> None:
 
     def forward(now: Passage, original: Callable[..., Step], x: Tensor, state: Any = None, *_: Any) -> Step:
         if not now.first:
-            held = core.init_state(x.shape[0], x.device, x.dtype) if state is None else state
-            state = held | {"position": held["position"] + now.begin}
-        return original(x, state, None, False)
+            rows = x.shape[0] if now.cu_seqlens is None else len(now.cu_seqlens) - 1
+            held = core.init_state(rows, x.device, x.dtype) if state is None else state
+            state = held | {"position": held["position"] + now.seen(rows)}
+        return original(x, state, now.cu_seqlens, False)
 
     def attend(
         now: Passage, original: Callable[..., Step], q: Tensor, k: Tensor, v: Tensor, cache: Any, *_: Any
     ) -> Step:
         size = None if core.window is None else core.window - 1
         held = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-        past = now.before({"k": k, "v": v}, size, what, held)
-        count = past["k"].shape[1]
-        filled = torch.full((k.shape[0],), count, dtype=torch.int32, device=k.device)
-        return original(q, k, v, past | {"count": filled} if count else None, None, False)
+        if now.documents is None:
+            return original(q, k, v, _cache(now.before({"k": k, "v": v}, size, what, held)), None, False)
+        past = now.before({"k": k, "v": v}, size, what)
+
+        def run(piece: Piece) -> Tensor:
+            own = {} if held is None else {name: x[piece.rows] for name, x in held.items()}
+            if piece.takes:
+                own = {name: torch.cat([own[name].to(x.dtype), x], 1) if own else x for name, x in past.items()}
+            near = (x[:, piece.tokens] for x in (q, k, v))
+            return original(*near, _cache(own), piece.cu_seqlens, False)[0]
+
+        return joined(now.each(run)), None
 
     _replace(core, "forward", division, forward)
     _replace(core, "attend", division, attend)
+
+
+def _cache(past: dict[str, Tensor]) -> LayerState | None:
+    """A cache of k and v [N, S, Hkv, D]; None where they are of no tokens."""
+    if not past or not past["k"].shape[1]:
+        return None
+    k = past["k"]
+    return past | {"count": torch.full((k.shape[0],), k.shape[1], dtype=torch.int32, device=k.device)}
 
 
 def _standing(mixer: Mixer, division: Underway, state: Callable[[Tensor], LayerState]) -> None:
     """A mixer that takes its place from its state is given one that says where this process's tokens begin."""
 
     def forward(now: Passage, original: Callable[..., Step], x: Tensor, *_: Any) -> Step:
-        place = torch.full((x.shape[0],), now.begin, dtype=torch.int32, device=x.device)
-        return original(x, None if now.first else state(place), None, False)
+        place = now.seen(x.shape[0] if now.cu_seqlens is None else len(now.cu_seqlens) - 1)
+        return original(x, None if now.first else state(place), now.cu_seqlens, False)
 
     _replace(mixer, "forward", division, forward)
 
@@ -188,30 +211,26 @@ def _store(store: ChunkStore, division: Underway, what: str) -> None:
     """The chunks so far, handed on as soon as this process's own are among them; then all read at once."""
     what = f"the chunks of {what}"
 
-    def forward(
-        now: Passage,
-        original: Callable[..., Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        choosing: Tensor,
-        keys: Tensor,
-        *rest: Any,
-    ) -> Any:
-        ages = rest[3] if len(rest) > 3 else None
-        # Of a store with a bank, too: a call that is given no state and asked for none reads all of its tokens.
-        return ChunkStore.forward(store, q, k, v, choosing, keys, None, None, False, ages)
+    def forward(now: Passage, original: Callable[..., Any], *args: Any) -> Any:
+        streams, ages = args[:5], args[8] if len(args) > 8 else None
+
+        def run(piece: Piece) -> Tensor:
+            # Of a store with a bank, too: a call that is given no state and asked for none reads all of its tokens.
+            q, k, v, choosing, keys = (x[:, piece.tokens] for x in streams)
+            return ChunkStore.forward(store, q, k, v, choosing, keys, None, piece.cu_seqlens, False, ages)[0]
+
+        return joined(now.each(run)), None
 
     def look(
         now: Passage, original: Callable[..., Any], k: Tensor, v: Tensor, choosing: Tensor, keys: Tensor, *rest: Any
     ) -> Any:
-        def step(state: LayerState | None, keep: bool) -> Any:
-            found, after = original(k, v, choosing, keys, state, None, keep, rest[3])
+        def step(piece: Piece, state: LayerState | None, keep: bool) -> Any:
+            found, after = original(k, v, choosing, keys, state, piece.cu_seqlens, keep, rest[3])
             if after is not None and "summary" not in after:  # it is left to a bank, which there is none of here
                 after["summary"] = found.summary[:, : found.k.shape[1] // store.chunk_size]
             return found, after
 
-        return now.hand_on(what, step), None
+        return now.through(now.piece, what, step), None
 
     _replace(store, "forward", division, forward)
     _replace(store, "look", division, look)
@@ -221,10 +240,17 @@ def _store(store: ChunkStore, division: Underway, what: str) -> None:
 
 
 def _past(now: Passage, x: Tensor, width: int, what: str, state: Any) -> Tensor:
-    """The ``width`` − 1 inputs [B, width − 1, C] before x [B, T, C]; zeros before the first token of all."""
-    held = None if state is None else {"x": state["x"]}
-    past: Tensor = now.before({"x": x}, width - 1, what, held)["x"]
-    return F.pad(past, (0, 0, width - 1 - past.shape[1], 0))
+    """The ``width`` − 1 inputs [N, width − 1, C] before x [B, T, C], of N rows or documents; zeros before the first
+    token of all, unless a state says what was there."""
+    size = width - 1
+    if now.documents is None:
+        held = None if state is None else {"x": state["x"]}
+        past: Tensor = now.before({"x": x}, size, what, held)["x"]
+        return F.pad(past, (0, 0, size - past.shape[1], 0))
+    assert now.cu_seqlens is not None
+    start = x.new_zeros(len(now.cu_seqlens) - 1, size, x.shape[2]) if state is None else state["x"].to(x.dtype)
+    first = torch.cat([start[:1], now.before({"x": x}, size, what)["x"]], 1)
+    return torch.cat([first[:, first.shape[1] - size :], start[1:]])
 
 
 def _memory(layer: MemoryLayer, division: Underway, what: str) -> None:
@@ -234,13 +260,17 @@ def _memory(layer: MemoryLayer, division: Underway, what: str) -> None:
     def convolve(now: Passage, original: Callable[..., Step], x: Tensor, state: Any, *_: Any) -> Step:
         if layer.conv is None:
             return original(x, None, None, False)
-        return original(x, {"x": _past(now, x, layer.conv.shape[1], of_inputs, state)}, None, False)
+        held = {"x": _past(now, x, layer.conv.shape[1], of_inputs, state)}
+        return original(x, held, now.cu_seqlens, False)
 
     def remember(
         now: Passage, original: Callable[..., Step], x: Tensor, tokens: tuple[Tensor, ...], state: Any, *_: Any
     ) -> Step:
-        o: Tensor = now.hand_on(of_memory, lambda held, keep: original(x, tokens, held, None, keep), state)
-        return o, None
+        def run(piece: Piece, held: LayerState | None, keep: bool) -> Step:
+            own = tuple(y[:, piece.tokens] for y in tokens)
+            return original(x[:, piece.tokens], own, held, piece.cu_seqlens, keep)
+
+        return joined(now.hand_on(of_memory, run, state)), None
 
     _replace(layer, "_convolve", division, convolve)
     _replace(layer, "_remember", division, remember)
@@ -251,11 +281,12 @@ def _sharded(layer: ShardedMemory, division: Underway, what: str) -> None:
     _memory(layer, division, what)
     of_local = f"the local memory of {what}"
 
-    def local(
-        now: Passage, original: Callable[..., Any], x: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-    ) -> tuple[Tensor, LayerState]:
-        o: Tensor = now.hand_on(of_local, lambda held, keep: original(x, q, k, v, held or {}, None, keep))
-        return o, {}
+    def local(now: Passage, original: Callable[..., Any], *args: Any) -> tuple[Tensor, LayerState]:
+        def run(piece: Piece, held: LayerState | None, keep: bool) -> Any:
+            own = (y[:, piece.tokens] for y in args[:4])  # x, q, k, v
+            return original(*own, held or {}, piece.cu_seqlens, keep)
+
+        return joined(now.hand_on(of_local, run)), {}
 
     _replace(layer, "_local", division, local)
 
@@ -271,20 +302,45 @@ def _mixture(mixer: MixtureOfMemories, division: Underway, what: str) -> None:
         if mixer.conv is None:
             return original(x, channels, gather, r, s, None, False)
         if mixer.memories == 1:  # it takes every token: they lie in order, in slots and in tokens alike
-            past = _past(now, x.reshape(s.rows, -1, x.shape[-1]), mixer.conv.shape[1], of_inputs, None)
+            rows = s.rows if now.documents is None else 1
+            past = _past(now, x.reshape(rows, -1, x.shape[-1]), mixer.conv.shape[1], of_inputs, None)
             return original(x, channels, gather, r, s, {"x": past[:, None]}, False)
-        y: Tensor = now.hand_on(of_inputs, lambda held, keep: original(x, channels, gather, r, s, held, keep))
-        return y, None
+        if gather and now.documents is not None:
+            x, gather = dispatch(x, r), False
+
+        def run(piece: Piece, held: LayerState | None, keep: bool) -> Step:
+            own, borders = _slots(mixer, piece, s)
+            return original(x if gather else x[:, own], channels, gather, r, borders, held, keep)
+
+        return joined(now.hand_on(of_inputs, run)), None
 
     def rule(now: Passage, original: Callable[..., Step], *args: Any) -> Step:
         *tokens, s, state, _ = args
-        if mixer.spec is None:
+
+        def run(piece: Piece, held: LayerState | None, keep: bool) -> Step:
+            own, borders = _slots(mixer, piece, s)
+            return original(*(y[:, own] for y in tokens), borders, held, keep)
+
+        if mixer.spec is not None:
+            return joined(now.hand_on(of_memory, run, state)), None
+        (piece, *_) = now.pieces
+        if piece.takes and piece.gives:
             return _merged(now, mixer, original, tokens, s, of_memory), None
-        o: Tensor = now.hand_on(of_memory, lambda held, keep: original(*tokens, s, held, keep), state)
-        return o, None
+        return joined(now.hand_on(of_memory, run, waits=False)), None
 
     _replace(mixer, "_convolve", division, convolve)
     _replace(mixer, "_rule", division, rule)
+
+
+def _slots(mixer: MixtureOfMemories, piece: Piece, s: Any) -> tuple[slice, Any]:
+    """Which slots the tokens of a piece have, and their borders. They lie side by side, for slots are sorted by
+    document, and every token has as many."""
+    if piece.tokens == slice(None):
+        return piece.tokens, s
+    choices = mixer.mixer.top_k + mixer.mixer.shared
+    begin, end = piece.tokens.start * choices, piece.tokens.stop * choices
+    cuts = s.cu_seqlens[piece.rows.start * s.memories : piece.rows.stop * s.memories + 1] - begin
+    return slice(begin, end), replace(s, rows=piece.rows.stop - piece.rows.start, cu_seqlens=cuts)
 
 
 def _route(
@@ -300,10 +356,11 @@ def _route(
         choices = r.choices - (r.memories - routed)
         count = r.cu_seqlens.diff().view(-1, r.memories)[:, :routed].sum(0)
         weight = mixer.mixer.balance_weight * routed / (choices * tokens) / tokens
-        now.routed.append((r.probability.sum((0, 1)) * weight, count))
+        before = now.routed.get(mixer, (0, 0))  # of the other pieces of this part
+        now.routed[mixer] = (before[0] + r.probability.sum((0, 1)) * weight, before[1] + count)
     for name, values in found.items():
         for value in values:
-            add_loss(name, value * now.share)
+            add_loss(name, value * (x.shape[1] / now.length))
     return r
 
 
@@ -315,22 +372,16 @@ def _merged(
     s: Any,
     what: str,
 ) -> Tensor:
-    """Reads of linear memories whose state M is known late, when M' = A M + B of these tokens has long been made.
+    """Reads of linear memories in a part that is all of one row or document, neither beginning nor ending in it. Their
+    state M is known late, when M' = A M + B of these tokens has long been made.
 
     With a decay alone A is a number per head; of the delta rule it is a matrix [D, D], what the rule makes of a state I
     when nothing is written, and comes from the same call as B: values [v ‖ 0] into a state [0 ‖ I].
     """
     q, k, v, z = tokens
-    if now.first:
-        o, after = rule(*tokens, s, None, not now.last)
-        if after is not None:
-            now.send(1, after, what)
-        return o
-    summary = None if now.last else _summary(mixer, rule, q, k, v, z, s)
+    factor, added = _summary(mixer, rule, q, k, v, z, s)
     held = now.receive(now.link.rank - 1, what)
-    if summary is not None:
-        factor, added = summary
-        now.send(now.link.rank + 1, {"memory": factor(held["memory"]) + added}, what)
+    now.send(now.link.rank + 1, {"memory": factor(held["memory"]) + added}, what)
     return rule(*tokens, s, held, False)[0]
 
 

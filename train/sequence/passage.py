@@ -1,13 +1,14 @@
 """The exchanges of one micro batch between the processes that share its sequences, which gradients go through."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .documents import Piece, clipped, opened, pieces
 from .link import Link, Tree, flat, nested
 
 T = TypeVar("T")
@@ -85,6 +86,16 @@ class _Reached(torch.autograd.Function):
         return (grad, *(torch.zeros(shape, dtype=kind, device=where) for shape, kind, where in ctx.about))
 
 
+def rows_of(tree: Tree, rows: slice) -> Tree:
+    """Some rows of a state."""
+    return {name: rows_of(x, rows) if isinstance(x, dict) else x[rows] for name, x in tree.items()}
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Results [B, T, ...] of pieces as one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
 def borders(length: int, ranks: int) -> list[int]:
     """The first token of each process, and the number of tokens: ⌊r T / R⌋."""
     return [r * length // ranks for r in range(ranks + 1)]
@@ -96,14 +107,25 @@ class Passage:
     Process r of R holds tokens ⌊r T / R⌋ to ⌊(r + 1) T / R⌋ − 1. ``token`` is a zero that goes through all exchanges
     and is added to the loss: so each of them is met by the backward, whatever was made of what it brought, and they are
     met in exactly the reverse order, in every process.
+
+    Args:
+        documents: borders of the documents packed into the sequence, 0 and ``length`` among them; None: rows without.
     """
 
-    def __init__(self, link: Link, length: int) -> None:
-        self.link, self.length = link, length
+    def __init__(self, link: Link, length: int, documents: Sequence[int] | None = None) -> None:
+        self.link, self.length, self.documents = link, length, documents
         self.borders = borders(length, link.size)
         self.token = torch.zeros((), device=link.device, requires_grad=True)
-        self.routed: list[tuple[Tensor, Tensor]] = []  # see _route in mixers.py
+        self.routed: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # see _route in mixers.py
         self._heard: list[Tree] | None = None  # what is received is written down here
+        self.cu_seqlens: Tensor | None = None
+        if documents is None:
+            self.pieces = [Piece(slice(None), slice(None), None, not self.first, not self.last)]
+        else:
+            begin, end = self.borders[link.rank : link.rank + 2]
+            self.pieces = pieces(documents, begin, end, link.device)
+            self.cu_seqlens = torch.tensor(clipped(documents, begin, end), dtype=torch.int32, device=link.device)
+        self.piece = self.pieces[0]
 
     @contextmanager
     def recorded(self, heard: list[Tree]) -> Iterator[None]:
@@ -116,7 +138,7 @@ class Passage:
 
     def again(self, heard: list[Tree]) -> "Passage":
         """A passage for running a piece of this one a second time: it receives ``heard``, and sends nothing."""
-        return Repeated(self.link, self.length, heard)
+        return Repeated(self.link, self.length, self.documents, heard)
 
     @property
     def first(self) -> bool:
@@ -132,11 +154,6 @@ class Passage:
     def begin(self) -> int:
         """The number of this process's first token."""
         return self.borders[self.link.rank]
-
-    @property
-    def share(self) -> float:
-        """How much of the tokens this process holds."""
-        return (self.borders[self.link.rank + 1] - self.begin) / self.length
 
     def send(self, to: int, tree: Mapping[str, Any], what: str) -> None:
         """Tensors to the process ``to``, with their gradients to come back."""
@@ -155,13 +172,58 @@ class Passage:
             self._heard.append(nested(kept))
         return found
 
-    def hand_on(self, what: str, work: Callable[[Tree | None, bool], tuple[T, Tree | None]], start: Any = None) -> T:
-        """``work`` from the state that the process before leaves behind (``start`` in the first), whose own state the
-        next one gets: ``work(state, whether a state is wanted)`` gives its result and the state."""
-        state = start if self.first else self.receive(self.link.rank - 1, what)
-        result, after = work(state, not self.last)
-        self.work()
-        if not self.last:
+    def seen(self, rows: int) -> Tensor:
+        """Tokens before this process's first one, int32 [rows]: of the row, or of each document in its part."""
+        seen = torch.zeros(rows, dtype=torch.int32, device=self.link.device)
+        if self.documents is None:
+            return seen + self.begin
+        seen[0] = self.begin - opened(self.documents, self.begin)
+        return seen
+
+    def each(self, run: Callable[[Piece], T]) -> list[T]:
+        """``run`` of every piece of the part, which is meanwhile :attr:`piece`; the results in the order of tokens."""
+        found = []
+        for piece in self.pieces:
+            self.piece = piece
+            found.append((piece.tokens.start or 0, run(piece)))
+        return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
+    def hand_on(
+        self,
+        what: str,
+        work: Callable[[Piece, Tree | None, bool], tuple[T, Tree | None]],
+        start: Tree | None = None,
+        *,
+        waits: bool = True,
+    ) -> list[T]:
+        """:meth:`through` with every piece; the results in the order of tokens."""
+        return self.each(lambda piece: self.through(piece, what, work, start, waits=waits))
+
+    def through(
+        self,
+        piece: Piece,
+        what: str,
+        work: Callable[[Piece, Tree | None, bool], tuple[T, Tree | None]],
+        start: Tree | None = None,
+        *,
+        waits: bool = True,
+    ) -> T:
+        """``work`` on a piece, where it ``takes`` from the state that the process before leaves behind, whose own state
+        the next one gets where it ``gives``: ``work(piece, state, whether a state is wanted)`` gives its result and
+        the state.
+
+        Args:
+            start: the state before the first token, of all rows or documents of this part.
+            waits: whether all pieces together are a slot of the schedule.
+        """
+        if piece.takes:
+            state: Tree | None = self.receive(self.link.rank - 1, what)
+        else:
+            state = start if start is None else rows_of(start, piece.rows)
+        result, after = work(piece, state, piece.gives)
+        if waits and piece is self.pieces[0]:
+            self.work()
+        if piece.gives:
             assert after is not None
             self.send(self.link.rank + 1, after, what)
         return result
@@ -177,16 +239,19 @@ class Passage:
     def before(
         self, tensors: dict[str, Tensor], size: int | None, what: str, held: dict[str, Tensor] | None = None
     ) -> Any:
-        """The last ``size`` entries before this process's first token, or as many as there are; None: all of them.
+        """The last ``size`` entries before this process's first token, or as many as there are; None: all of them. Of
+        documents those of the one that this token lies in.
 
         Args:
             tensors: [B, this process's tokens, ...] each.
-            held: what goes before the first token of all, [B, P, ...] each; the same P in every process.
+            held: what goes before the first token of all, [B, P, ...] each; the same P in every process. None with
+                documents, each of which has a beginning.
 
         Returns: {name: [B, S, ...]}. Every process sends what others need before it waits for anything: all work at
         once.
         """
         virtual = 0 if held is None else next(iter(held.values())).shape[1]
+        lowest = [-virtual if self.documents is None else opened(self.documents, x) for x in self.borders[:-1]]
         starts = [-virtual, *self.borders[1:]]
         if self.first and held is not None:
             tensors = {name: torch.cat([held[name].to(x.dtype), x], 1) for name, x in tensors.items()}
@@ -194,7 +259,7 @@ class Passage:
 
         def part(owner: int, reader: int) -> tuple[int, int]:
             """The tokens of ``owner`` that ``reader`` needs."""
-            need = self.borders[reader] - size if size is not None else -virtual
+            need = lowest[reader] if size is None else max(self.borders[reader] - size, lowest[reader])
             return max(starts[owner], need), self.borders[owner + 1]
 
         for reader in range(mine + 1, self.link.size):
@@ -216,8 +281,8 @@ class Passage:
 class Repeated(Passage):
     """See :meth:`Passage.again`."""
 
-    def __init__(self, link: Link, length: int, heard: list[Tree]) -> None:
-        super().__init__(link, length)
+    def __init__(self, link: Link, length: int, documents: Sequence[int] | None, heard: list[Tree]) -> None:
+        super().__init__(link, length, documents)
         self.due = list(heard)
 
     def send(self, to: int, tree: Mapping[str, Any], what: str) -> None:
