@@ -10,9 +10,7 @@ import torch
 import yaml
 from training import MODEL, TRAIN, learnt
 
-from palimpsest.models.config import ConfigError
 from palimpsest.train import read_config
-from palimpsest.train.dry_run import plan
 from palimpsest.train.sequence import Division
 from palimpsest.train.sequence.check import CASES
 from palimpsest.train.sequence.link import flat, nested
@@ -216,12 +214,6 @@ def test_a_message_that_does_not_come_ends_the_run(run, path, tmp_path, what, me
 def test_what_cannot_be_is_named(run, path, tmp_path, arguments, message):
     result = run(path, "train.sequence_parallel=2", *arguments, f"train.out={tmp_path}")
     assert result.codes == [2] and "error: " in result.output and message in result.output
-
-
-def test_a_dry_run_counts_whole_sequences(path):
-    config = read_config(path, {"train.sequence_parallel": 2, "train.parallel": "ddp"})
-    with pytest.raises(ConfigError, match="train.sequence_parallel was 2; it must be 1 for a dry run"):
-        plan(config, processes=2)
 
 
 def test_batches_divide_over_those_that_share_no_sequence():
