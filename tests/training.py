@@ -90,6 +90,34 @@ class Runner:
         self.server.wait(timeout=30)
 
 
+CHECK = """
+import json, torch
+from palimpsest.train import parallel
+from palimpsest.train.sequence import check
+parallel.start("cpu")
+found = {ways}
+if rank == 0:
+    plain = {{way: {{name: vars(x) for name, x in each.items()}} for way, each in found.items()}}
+    json.dump(plain, open(r"{path}", "w"))
+raise SystemExit(0)
+"""
+
+
+def cases(names: list[str]) -> str:
+    """The text of some of the check's cases, for :func:`checked`."""
+    return f"{{name: check.CASES[name] for name in {names}}}"
+
+
+def checked(run: Runner, folder: Path, ways: dict[str, str]) -> dict:
+    """Results by way and mixer of ``palimpsest.train.sequence.check.work``, called in four processes: a way is the text
+    of its arguments."""
+    path = folder / "found.json"
+    calls = ", ".join(f"{way!r}: check.work({arguments})" for way, arguments in ways.items())
+    result = run(processes=4, prelude=CHECK.format(ways="{" + calls + "}", path=path))
+    assert result.codes == [0] * 4, result.output
+    return json.loads(path.read_text())
+
+
 TIMES = ("tokens_per_second", "mfu", "peak_memory")
 
 

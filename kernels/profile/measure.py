@@ -33,6 +33,9 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     On a GPU as the allocator counts it. On a CPU the peak of resident memory, reset before the call (Linux). From the
     first call on, this process returns freed blocks above 256 KiB to the system at once, so that what is resident is
     what is in use: take times before. Run ``function`` once before, small, so that libraries are loaded.
+
+    Raises:
+        OSError: on a CPU of a system without /proc.
     """
     gc.collect()
     if device != "cpu":
@@ -41,6 +44,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    _resident("VmRSS")  # a system without it is told so before its allocator is touched
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 256 * 1024)
     libc.malloc_trim(0)

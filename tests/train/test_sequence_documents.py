@@ -1,11 +1,11 @@
 """Packed documents in divided sequences are those of one process, wherever their borders fall; and whole runs are."""
 
-import json
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+import training
 import yaml
 from training import MODEL, TRAIN, learnt
 
@@ -25,28 +25,6 @@ INSIDE = [0, 2, 8, 14, 20, 23]  # a border in every part
 
 # The borders of ``packed``: a document of 21 tokens that lies in all four parts, two of which it fills; several borders
 # in one part, one where two parts meet, and one inside of the last.
-CHECK = """
-import json, torch
-from palimpsest.train import parallel
-from palimpsest.train.sequence import check
-parallel.start("cpu")
-few = {{name: check.CASES[name] for name in {few}}}
-cut = {{name: check.CASES[name] for name in {cut}}}
-rows = check.packed({length})
-found = {{
-    "4 of 23": check.work(check.CASES, 4, length={length}, documents=rows),
-    "2 of 23": check.work(few, 2, length={length}, documents=rows),
-    "4 of 6": check.work(few, 4, length=6, documents=check.packed(6)),
-    "checkpointed": check.work(few, 2, length={length}, documents=rows, again=True),
-    "states alone": check.work(few, 2, length={length}, documents=rows, whole=True),
-    "border on border": check.work(cut, 4, length={length}, documents=[{parts}]),
-    "a border in each": check.work(cut, 4, length={length}, documents=[{inside}]),
-}}
-if rank == 0:
-    plain = {{way: {{name: vars(x) for name, x in each.items()}} for way, each in found.items()}}
-    json.dump(plain, open(r"{path}", "w"))
-raise SystemExit(0)
-"""
 FEW = ["titans_mal", "tnt", "mixture of gated delta rules", "delta rule", "hcam and titans in turns"]
 CUT = ["attention", "neural_memory", "titans_mag", "hcam", "block_union"]
 WAYS = [("4 of 23", name) for name in CASES]
@@ -56,11 +34,18 @@ WAYS += [(way, name) for way in ("border on border", "a border in each") for nam
 
 @pytest.fixture(scope="module")
 def checked(run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checked") / "found.json"
-    prelude = CHECK.format(few=FEW, cut=CUT, length=LENGTH, parts=PARTS, inside=INSIDE, path=path)
-    result = run(processes=4, prelude=prelude)
-    assert result.codes == [0] * 4, result.output
-    return json.loads(path.read_text())
+    few, cut = training.cases(FEW), training.cases(CUT)
+    rows = f"length={LENGTH}, documents=check.packed({LENGTH})"
+    ways = {
+        "4 of 23": f"check.CASES, 4, {rows}",
+        "2 of 23": f"{few}, 2, {rows}",
+        "4 of 6": f"{few}, 4, length=6, documents=check.packed(6)",
+        "checkpointed": f"{few}, 2, {rows}, again=True",
+        "states alone": f"{few}, 2, {rows}, whole=True",
+        "border on border": f"{cut}, 4, length={LENGTH}, documents=[{PARTS}]",
+        "a border in each": f"{cut}, 4, length={LENGTH}, documents=[{INSIDE}]",
+    }
+    return training.checked(run, tmp_path_factory.mktemp("checked"), ways)
 
 
 @pytest.mark.parametrize(("way", "name"), WAYS)

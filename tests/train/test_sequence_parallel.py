@@ -1,12 +1,12 @@
 """Sequences divided among processes are those of one process: every mixer, the schedule, whole runs, and what fails."""
 
-import json
 import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+import training
 import yaml
 from training import MODEL, TRAIN, learnt
 
@@ -24,25 +24,6 @@ OUTPUTS, GRADIENTS = 1e-13, 1e-12
 
 # One world of four processes goes through all mixers. Parts of 23 tokens in 4 and 2 end inside of chunks, windows and
 # segments; those of 6 are shorter than any of them. Some with checkpoints of activations, and by their states alone.
-CHECK = """
-import json, torch
-from palimpsest.train import parallel
-from palimpsest.train.sequence import check
-parallel.start("cpu")
-names = {names}
-few = {{name: check.CASES[name] for name in names}}
-found = {{
-    "4 of 23": check.work(check.CASES, 4, length=23),
-    "2 of 23": check.work(check.CASES, 2, length=23, micro_batches=1),
-    "4 of 6": check.work(few, 4, length=6, micro_batches=1),
-    "checkpointed": check.work(few, 2, length=11, again=True),
-    "states alone": check.work(few, 2, length=11, micro_batches=1, whole=True),
-}}
-if rank == 0:
-    plain = {{way: {{name: vars(x) for name, x in each.items()}} for way, each in found.items()}}
-    json.dump(plain, open(r"{path}", "w"))
-raise SystemExit(0)
-"""
 FEW = ["titans_mal", "tnt", "mixture of gated delta rules", "delta rule", "hcam and titans in turns"]
 WAYS = [(way, name) for way in ("4 of 23", "2 of 23") for name in CASES]
 WAYS += [(way, name) for way in ("4 of 6", "checkpointed", "states alone") for name in FEW]
@@ -50,10 +31,15 @@ WAYS += [(way, name) for way in ("4 of 6", "checkpointed", "states alone") for n
 
 @pytest.fixture(scope="module")
 def checked(run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checked") / "found.json"
-    result = run(processes=4, prelude=CHECK.format(names=FEW, path=path))
-    assert result.codes == [0] * 4, result.output
-    return json.loads(path.read_text())
+    few = training.cases(FEW)
+    ways = {
+        "4 of 23": "check.CASES, 4, length=23",
+        "2 of 23": "check.CASES, 2, length=23, micro_batches=1",
+        "4 of 6": f"{few}, 4, length=6, micro_batches=1",
+        "checkpointed": f"{few}, 2, length=11, again=True",
+        "states alone": f"{few}, 2, length=11, micro_batches=1, whole=True",
+    }
+    return training.checked(run, tmp_path_factory.mktemp("checked"), ways)
 
 
 @pytest.mark.parametrize(("way", "name"), WAYS)

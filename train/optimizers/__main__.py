@@ -110,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.getLogger("palimpsest").setLevel(logging.WARNING)
     try:
         record = compare(options.config, options)
-    except (ConfigError, DataError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(record["rows"], options.updates))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.profile.measure import peak_bytes
 from .. import launch, parallel
 from ..checkpoint import Checkpointer
 from ..config import RunConfig
@@ -18,7 +19,6 @@ from ..loop import Run
 from ..metrics import Progress
 from ..optim import state_bytes
 from ..parallel import World
-from .peak import Peak
 
 
 def measure(config: RunConfig, world: World, corpus: Any) -> dict[str, Any]:
@@ -45,15 +45,16 @@ def measure(config: RunConfig, world: World, corpus: Any) -> dict[str, Any]:
 
 
 def measure_alone(config: RunConfig) -> dict[str, Any]:
-    """:func:`measure` with ``peak_bytes``, for a process that has done nothing else."""
+    """:func:`measure`, and as ``peak_bytes`` the most memory that it held beyond what the process had before: for one
+    of its own, whose allocator :func:`palimpsest.kernels.profile.measure.peak_bytes` slows."""
     logging.getLogger("palimpsest").setLevel(logging.WARNING)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     world = parallel.start(config.train.device)
     corpus = launch.corpus(config, world)
-    with Peak(world.device) as peak:
-        row = measure(config, world, corpus)
-    return {**row, "peak_bytes": peak.bytes}
+    row: dict[str, Any] = {}
+    peak = peak_bytes(lambda: row.update(measure(config, world, corpus)), world.device.type)
+    return {**row, "peak_bytes": peak}
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
