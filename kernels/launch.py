@@ -117,6 +117,7 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {}
 _forced: dict[str, Config] = {}
 _plan: "list[Launch] | None" = None
+_target: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,32 @@ def planning() -> Iterator[list[Launch]]:
         yield _plan
     finally:
         _plan = before
+
+
+@contextmanager
+def targeting(arch: int) -> Iterator[None]:
+    """Inside, plans are for GPUs of an architecture: see :func:`architecture`."""
+    global _target
+    before, _target = _target, arch
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def family(major: int, minor: int) -> int:
+    """The architecture whose compilations speak for GPUs of a compute capability: 90 of Hopper, 100 of data centre
+    Blackwell, else 80: all others, consumer Blackwell too, have its matrix instructions."""
+    return {9: 90, 10: 100}.get(major, 80) if (major, minor) >= (8, 0) else 10 * major + minor
+
+
+def architecture() -> int | None:
+    """The architecture that kernels are launched on, or planned for; None in the interpreter, without a GPU, and in a
+    plan for none in particular. Configurations and coverage may depend on it."""
+    if _target is not None or _plan is not None or interpreted() or not torch.cuda.is_available():
+        return _target
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return family(found.major, found.minor)
 
 
 def is_planning() -> bool:

@@ -22,6 +22,10 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
 
+class NotCovered(ValueError):
+    """A call that the Triton kernels do not cover, of which they were asked for."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A call of an operation, and why the Triton kernels do not cover it: empty where they do."""
@@ -61,7 +65,7 @@ class Operation:
         runs plain torch and says so once, or is refused where ``requested`` names triton.
 
         Raises:
-            ValueError: naming the ``backend``, or the argument that the backend asked for does not cover.
+            ValueError: naming the ``backend``; :class:`NotCovered`, the argument that the kernels do not cover.
         """
         name = backends.resolve(self.name, self.implementations, device, requested)
         reason = "" if unfit is None else f"{unfit[0]} was {unfit[1]}; it must {unfit[2]}"
@@ -69,7 +73,7 @@ class Operation:
             calls.append(Choice(self.name, reason))
         if name == "triton" and reason:
             if requested == name:
-                raise ValueError(f"{reason} for backend 'triton' of {self.name}")
+                raise NotCovered(f"{reason} for backend 'triton' of {self.name}")
             if not torch.compiler.is_compiling():
                 backends.log_once(f"{self.name}: torch, for the Triton kernels do not cover this call: {reason}")
             name = "torch"

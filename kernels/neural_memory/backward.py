@@ -19,7 +19,6 @@ from .duals import derives, enter, enter_backward, leave_backward, start, start_
 from .forward import (
     READS,
     STATES,
-    carry_configs,
     constants_of,
     held_order,
     launch,
@@ -27,16 +26,16 @@ from .forward import (
     segments,
     settled,
     unpack,
-    walk_configs,
 )
 from .gate_kernels import run_all_gates_backward, run_gates
+from .launch_plans import carry_plan, reads_backward_plan
 from .orthogonal import turned_size
 from .slots import Band
 from .spec import MemorySpec
 from .tiles import workspace_sizes
 
-READS_BACKWARD = Kernel(neural_memory_reads_backward, walk_configs, backward_pairs)
-CARRY = Kernel(neural_memory_carry, carry_configs, backward_pairs)
+READS_BACKWARD = Kernel(neural_memory_reads_backward, reads_backward_plan, backward_pairs)
+CARRY = Kernel(neural_memory_carry, carry_plan, backward_pairs)
 
 
 def run_backward(

@@ -92,7 +92,8 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
                D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
                LAYERS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
                SETTLE: tl.constexpr, MOMENTUM: tl.constexpr, TURN: tl.constexpr, STATE: tl.constexpr,
-               PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+               PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr,
+               ROWS: tl.constexpr):  # fmt: skip
     """One step: its passes, one after the other."""
     SIZE: tl.constexpr = D * F
     COPIES: tl.constexpr = 2 if MOMENTUM else 1
@@ -101,6 +102,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
     STEPS: tl.constexpr = EVERY * CHUNK // C
     HOLDS: tl.constexpr = C < CHUNK or SETTLE[0] == "norm"
     RULE: tl.constexpr = APART if TURN[0] != "none" else MOMENTUM
+    PARTS: tl.constexpr = RULE == APART and (D > 64 or (D > 32 and ROWS < C))
     kept = None
     shifts = (None, None, None)
     if SETTLE[0] == "norm" or TURN[0] != "none":
@@ -126,7 +128,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
             q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR) + (LAYERS - 1) * PAIR,
             d_before_ptr + program * (LAYERS * WHOLE) + (LAYERS - 1) * WHOLE, vectors_ptr + slot * (4 * C),
             ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C, BF,
-            LAYERS, RULE, part == 0, part == 1, part == 2, DT, PRECISION,
+            LAYERS, RULE, PARTS, part == 0, part == 1, part == 2, DT, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
     if LAYERS > 1:
@@ -142,7 +144,7 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
                 q_ptr, k_ptr, tok, valid, states_ptr + at * (LAYERS * PAIR) + part // 3 * PAIR,
                 d_before_ptr + program * (LAYERS * WHOLE) + part // 3 * WHOLE, vectors_ptr + slot * (4 * C),
                 ends_ptr + slot * 4, d_vectors_ptr + slot * (4 * C), d_ends_ptr + slot * 4, small, wide, zero, D, F, C,
-                BF, part // 3 == 1, RULE, part % 3 == 0, part % 3 == 1, part % 3 == 2, DT, PRECISION,
+                BF, part // 3 == 1, RULE, PARTS, part % 3 == 0, part % 3 == 1, part % 3 == 2, DT, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
         program, h, slot, begin, length, place = found_anew(zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE)
@@ -181,11 +183,22 @@ def carry_step(j, segment, T, zero, q_ptr, k_ptr, threshold_ptr, vectors_ptr, en
         kept = settled_ptr + (program * STEPS + j - segment * STEPS) * FACTORS
     if SETTLE[0] == "kl":
         shifts = shifts_of(settled_ptr, program, j * C, CHUNK, LAYERS, PAIR, D, F, STATE)
-    keys_down(
-        q_ptr, k_ptr, d_k_ptr, tok, valid, anchor, shifts, grads, kept, small, wide, zero, D, F, C, BF, LAYERS,
-        NORM or BIAS[0] != "dot", DT, PRECISION,
-    )  # fmt: skip
-    tl.debug_barrier()
+    if SETTLE[0] == "kl" or (RULE == APART and LAYERS > 1):
+        # With what reads give by O, and in muon's kernel, Ampere has no registers for 64 tokens at once.
+        OWN: tl.constexpr = C if C < ROWS else ROWS
+        for part in tl.range(0, C // OWN + zero, disable_licm=True):
+            of_part, there = step_offsets(j * (C // OWN) + part, begin, length, place, h, H, D, OWN)
+            keys_down(
+                q_ptr, k_ptr, d_k_ptr, of_part, there, part * OWN, anchor, shifts, grads, kept, small, wide, zero, D, F,
+                C, OWN, BF, LAYERS, NORM or BIAS[0] != "dot", DT, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
+    else:
+        keys_down(
+            q_ptr, k_ptr, d_k_ptr, tok, valid, 0, anchor, shifts, grads, kept, small, wide, zero, D, F, C, C, BF,
+            LAYERS, NORM or BIAS[0] != "dot", DT, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()
     if SETTLE[0] == "lq":
         factors_backward(kept, anchor, grads, zero, SIZE, LAYERS, SETTLE[1])
         tl.debug_barrier()
@@ -235,7 +248,7 @@ def neural_memory_carry(
     F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
     TURN: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    BF: tl.constexpr,
+    BF: tl.constexpr, ROWS: tl.constexpr = 32,
 ):  # fmt: skip
     """The steps of a segment, last to first. ``end``: gradients of the state after the call, with which a sequence's
     last segment begins; ``d_after``: those after any other; ``d_before``: those before the segment, and the running
@@ -257,5 +270,5 @@ def neural_memory_carry(
                 position_ptr, cu_ptr, states_ptr, settled_ptr, turned_ptr, d_k_ptr, d_v_ptr, d_threshold_ptr,
                 d_vectors_ptr, d_ends_ptr, d_norm_ptr, d_before_ptr, small_ptr, wide_ptr, zero_ptr, H, D, F, CHUNK, C,
                 EVERY, LAYERS, NORM, RESIDUAL, BIAS, SETTLE, MOMENTUM, TURN, STATE, PACKED, DT, PRECISION,
-                BF,
+                BF, ROWS,
             )  # fmt: skip

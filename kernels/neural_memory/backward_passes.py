@@ -16,6 +16,7 @@ from .biases import error_of, residual_backward
 from .hidden import hidden_backward, hidden_curve, hidden_of, hidden_slopes, silu, silu_slope
 from .logs import take_shift, through_logs, weights_at
 from .orthogonal import APART, moment_product
+from .parts import moments_by_parts
 from .retentions import BY_ABOVE_KEYS, BY_BACKS, BY_ERROR, BY_KEYS, scaled
 from .tiles import (
     above_parts,
@@ -60,11 +61,12 @@ def carried(weights, grads, at, end_retain, end_carry, end_inertia, from_weight,
 @triton.jit
 def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide, zero,
                 D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
-                MOMENTUM: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                MOMENTUM: tl.constexpr, PARTS: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr,
+                CARRY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Update of the last layer. SUM: adds to the gradient of Δ. BACK: adds to that of the hidden keys, writes those of
     Λ_c and P_c. CARRY: carries those of its W and S back, with what its reads add, and writes those of A_c, f_c and
-    E_c; comes after the others, which want the gradients after the step."""
+    E_c; comes after the others, which want the gradients after the step. PARTS: muon's products with S's gradient go by
+    parts of Δ."""
     SIZE: tl.constexpr = D * F
     retain, carry, end_write, end_momentum, end_retain, end_carry, end_inertia = load_gates(vectors, ends, C)
     deltas, reads, _, _, _, _, _ = small_parts(small, C, D)
@@ -108,7 +110,10 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
                 d_write -= tl.sum(hidden * by_g, 1)
                 d_hidden = tl.load(d_hiddens + at_hidden) - by_g * end_write[:, None]
             if MOMENTUM:
-                by_g = moment_product(delta, g_moment, MOMENTUM, DT, PRECISION)
+                if PARTS:
+                    by_g = moments_by_parts(deltas, i * D, i >= 0, grads + SIZE, f, zero, 1, D, C, BF, PRECISION)
+                else:
+                    by_g = moment_product(delta, g_moment, MOMENTUM, DT, PRECISION)
                 d_momentum -= tl.sum(hidden * by_g, 1)
                 d_hidden -= by_g * end_momentum[:, None]
             tl.store(d_hiddens + at_hidden, d_hidden.to(DT))
@@ -141,8 +146,8 @@ def last_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vecto
 @triton.jit
 def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vectors, d_ends, small, wide, zero,
                  D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, ABOVE: tl.constexpr,
-                 MOMENTUM: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr, CARRY: tl.constexpr, DT: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 MOMENTUM: tl.constexpr, PARTS: tl.constexpr, SUM: tl.constexpr, BACK: tl.constexpr,
+                 CARRY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Update of the first layer, or of W3 (ABOVE), as :func:`last_update`; adds to the gradients of K (SUM) and of its
     Δ (BACK)."""
     SIZE: tl.constexpr = D * F
@@ -186,7 +191,10 @@ def first_update(q_ptr, k_ptr, tok, valid, weights, grads, vectors, ends, d_vect
                 d_write -= tl.sum(delta1 * by_g, 1)
                 d_delta1 = tl.load(d_delta1s + at_hidden) - by_g * end_write[:, None]
             if MOMENTUM:
-                by_g = moment_product(k, g_moment, MOMENTUM, DT, PRECISION)
+                if PARTS:
+                    by_g = moments_by_parts(k_ptr, tok, valid, grads + SIZE, f, zero, F, D, C, BF, PRECISION)
+                else:
+                    by_g = moment_product(k, g_moment, MOMENTUM, DT, PRECISION)
                 d_momentum -= tl.sum(delta1 * by_g, 1)
                 d_delta1 -= by_g * end_momentum[:, None]
             tl.store(d_delta1s + at_hidden, d_delta1.to(DT))
@@ -354,36 +362,37 @@ def keys_first(kt, d_k, d_before, before, factor, weights, shift, qt, d_pres, at
 
 
 @triton.jit
-def keys_down(q_ptr, k_ptr, d_k_ptr, tok, valid, anchor, shifts, grads, kept, small, wide, zero, D: tl.constexpr,
-              F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, LAST: tl.constexpr,
-              DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def keys_down(q_ptr, k_ptr, d_k_ptr, tok, valid, row, anchor, shifts, grads, kept, small, wide, zero, D: tl.constexpr,
+              F: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr,
+              LAST: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Down along the keys' own pass, from the gradient of the last layer's output (LAST: there is one): writes that of
-    K, and adds to those of the anchor, ``grads``; of both where W1, W2 and W3 begin. Of kl also what reads add by O."""
+    K, and adds to those of the anchor, ``grads``; of both where W1, W2 and W3 begin. Of kl also what reads add by O.
+    Of ROWS tokens, at ``tok``, from ``row`` of the step on."""
     COLUMNS: tl.constexpr = D + (LAYERS - 1) * F
     deltas, reads, lasts, _, _, _, _ = small_parts(small, C, D)
     _, _, hiddens, d_pres, d_backs, d_befores = hidden_parts(small, C, D, F)
     _, _, _, _, d_keys, befores, _, _ = wide_parts(wide, C, D, F)
     _, d_above_pres, d_aboves, aboves, _ = above_parts(small, wide, C, D, F)
     d = tl.arange(0, D)
-    i = tl.arange(0, C)
+    i = row + tl.arange(0, ROWS)
     kt = token_columns(k_ptr, tok, valid, d)
-    d_last = tl.load(tall(lasts, C, D)[0])
-    d_last_t = tl.load(tall(lasts, C, D)[1])
-    delta_t = tl.load(tall(deltas, C, D)[1])
-    d_k = tl.load(tall(d_keys, C, D)[0])
+    d_last = tl.load(tall(lasts + row * D, ROWS, D)[0])
+    d_last_t = tl.load(tall(lasts + row * D, ROWS, D)[1])
+    delta_t = tl.load(tall(deltas + row * D, ROWS, D)[1])
+    d_k = tl.load(tall(d_keys + row * D, ROWS, D)[0])
     qt = kt
     if shifts[1] is not None:
         qt = token_columns(q_ptr, tok, valid, d)
-        d_read_t = tl.load(tall(reads, C, D)[1])
+        d_read_t = tl.load(tall(reads + row * D, ROWS, D)[1])
         taken = tl.zeros([D], tl.float32)
     factor = None
     above_factor = None
     if LAYERS > 1 and kept is not None:
         factor = tl.load(kept + 2)
-        d_factor = tl.zeros([C], tl.float32)
+        d_factor = tl.zeros([ROWS], tl.float32)
         if LAYERS == 3:
             above_factor = tl.load(kept + 4)
-            d_above_factor = tl.zeros([C], tl.float32)
+            d_above_factor = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at = d[:, None] * F + f[None, :]
@@ -437,6 +446,12 @@ def keys_down(q_ptr, k_ptr, d_k_ptr, tok, valid, anchor, shifts, grads, kept, sm
     if shifts[1] is not None:
         take_shift(shifts[1] + COLUMNS + d, taken)
     if factor is not None:
-        tl.store(kept + BY_KEYS, tl.sum(d_factor))
+        share = tl.sum(d_factor)
+        if row > 0:
+            share += tl.load(kept + BY_KEYS)
+        tl.store(kept + BY_KEYS, share)
         if LAYERS == 3:
-            tl.store(kept + BY_ABOVE_KEYS, tl.sum(d_above_factor))
+            share = tl.sum(d_above_factor)
+            if row > 0:
+                share += tl.load(kept + BY_ABOVE_KEYS)
+            tl.store(kept + BY_ABOVE_KEYS, share)

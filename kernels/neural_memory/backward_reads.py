@@ -167,19 +167,28 @@ def first_scores(write, small, wide, zero, D: tl.constexpr, F: tl.constexpr, C: 
 
 
 @triton.jit
+def last_scores(small, wide, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DT: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """What the last layer's scores give to the gradient of Λ, [C, C]."""
+    deltas, reads, _, _, _, _, _ = small_parts(small, C, D)
+    products = wide_parts(wide, C, D, F)[0]
+    d_written = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
+    return d_written * tl.load(square(products, C)[0])
+
+
+@triton.jit
 def scores_backward(q_ptr, k_ptr, tok, valid, write, d_write, small, wide, zero, D: tl.constexpr, F: tl.constexpr,
-                    C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, DT: tl.constexpr,
+                    C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, WAITS: tl.constexpr, DT: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """Backward through the scores of both layers' reads: the gradient of Λ, and what the first layer's add to that of
-    K."""
-    deltas, reads, _, _, _, scores, _ = small_parts(small, C, D)
+    K. WAITS: that of :func:`last_scores` lies in place of h h_Kᵀ."""
+    _, _, _, _, _, scores, _ = small_parts(small, C, D)
     products, _, _, _, d_keys, _, _, _ = wide_parts(wide, C, D, F)
     d = tl.arange(0, D)
     if LAYERS > 1:
         d_scores = first_scores(write, small, wide, zero, D, F, C, BF, LAYERS, DT, PRECISION)
         tl.debug_barrier()
-    d_written = -product(tl.load(tall(reads, C, D)[0]), tl.load(tall(deltas, C, D)[1]), DT, PRECISION)
-    d_written = d_written * tl.load(square(products, C)[0])
+    d_written = tl.load(square(products, C)[0]) if WAITS else last_scores(small, wide, C, D, F, DT, PRECISION)
     d_k = tl.zeros([C, D], tl.float32)
     if LAYERS > 1:
         q = token_rows(q_ptr, tok, valid, d)
@@ -272,6 +281,8 @@ def neural_memory_reads_backward(
     PAIR: tl.constexpr = COPIES * D * F
     STEPS: tl.constexpr = EVERY * CHUNK // C
     RULE: tl.constexpr = APART if TURN[0] != "none" else MOMENTUM
+    # lq and kl have more to hold; on Ampere both layers' scores at once are too many.
+    WAITS: tl.constexpr = SETTLE[0] == "lq" or SETTLE[0] == "kl"
     _, length, place = sequence(n, cu_ptr, position_ptr, T, PACKED, STATE)
     first, after = segment_steps(segment, length, place, CHUNK, C, EVERY)
     j = segment * STEPS + tl.program_id(1)
@@ -316,9 +327,17 @@ def neural_memory_reads_backward(
         if RULE == APART:
             no_scores(small, wide, zero, D, F, C, LAYERS)
         else:
+            if WAITS:
+                tl.store(square(wide_parts(wide, C, D, F)[0], C)[0], last_scores(small, wide, C, D, F, DT, PRECISION))
+                tl.debug_barrier()
+                program, h, slot, begin, length, place = found_anew(
+                    zero_ptr, cu_ptr, position_ptr, T, j, H, C, PACKED, STATE
+                )
+                small, wide = workspace(small_ptr, wide_ptr, program * STEPS + tl.program_id(1), C, D, F, LAYERS)
+                tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
             scores_backward(
                 q_ptr, k_ptr, tok, valid, write_ptr + slot * (C * C), d_write_ptr + slot * (C * C), small, wide, zero,
-                D, F, C, BF, LAYERS, DT, PRECISION,
+                D, F, C, BF, LAYERS, WAITS, DT, PRECISION,
             )  # fmt: skip
         if LAYERS > 1:
             program, h, slot, begin, length, place = found_anew(

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..launch import architecture
 from .slots import tile_of, widest_window
 from .spec import MemorySpec
 
@@ -21,6 +22,26 @@ def listed(values: tuple[object, ...]) -> str:
     """Words of a sentence: a, b or c."""
     *first, last = map(str, values)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def spilling(width: int, spec: MemorySpec) -> tuple[str, object, str] | None:
+    """Why a call has no kernels on the GPU at hand though others have, as :func:`uncovered`: all configurations that
+    were tried have spills there (docs/neural_memory.md)."""
+    fit: tuple[int, ...]
+    if spec.layers > 1 and spec.orthogonal and width > 64:
+        fit, what = (90,), f"rule {spec.rule} and heads of {width}"
+    elif spec.layers == 3 and spec.orthogonal:
+        fit, what = (90, 100), f"rule {spec.rule} and network {spec.network}"
+    elif spec.layers > 1 and spec.orthogonal and spec.window > 1:
+        fit, what = (90, 100), f"rule {spec.rule} and a window"
+    elif spec.layers > 1 and spec.retention == "kl" and width > 64:
+        fit, what = (90, 100), f"retention kl and heads of {width}"
+    else:
+        return None
+    arch = architecture()
+    if arch is None or arch in fit:
+        return None
+    return "GPU", f"sm_{arch}", f"be {' or '.join(f'sm_{a}' for a in fit)} with {what}, whose registers spill"
 
 
 def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec) -> tuple[str, object, str] | None:
@@ -51,4 +72,4 @@ def uncovered(kind: torch.dtype, width: int, value_width: int, spec: MemorySpec)
         return "ns_every", spec.ns_every, "be 16, 32 or a multiple of 64"
     if spec.window > 1 and tile_of(spec, width) is None:
         return "window", spec.window, f"be at most {widest_window(width)} with heads of {width}"
-    return None
+    return spilling(width, spec)

@@ -268,7 +268,8 @@ def neural_memory_decode(
         factors = token_factors(first, last, third, zero, SIZE, LAYERS, SETTLE[1])
     shift = tl.zeros([D], tl.float32)
     if SETTLE[0] == "kl":
-        shift = log_means(last[2], 0, zero, F, D, BF, D)
+        top, rest = log_means(last[2], 0, zero, F, D, BF, D)
+        shift = top + rest
     rows = row // H * (WINDOW * H) + h
     deltas = deltas_ptr + row * (WINDOW * D)
     if WINDOW == 1:

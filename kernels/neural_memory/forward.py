@@ -12,11 +12,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, Kernel, Pairs, precision
+from ..launch import Kernel, Pairs, precision
 from .canary import LP, backward_pairs, forward_pairs
 from .cost import kept_every, kept_slots
 from .duals import derives, enter, leave, shifts, start
 from .gate_kernels import run_gates
+from .launch_plans import reads_plan, states_plan
 from .orthogonal import turn_of, turned_size
 from .reads import neural_memory_reads
 from .retentions import settled_size
@@ -77,64 +78,13 @@ def constants_of(
     }
 
 
-def small(constants: Mapping[str, Any]) -> bool:
-    """Whether a program needs few registers; of 255 the compiler then gives a thread fewer than it needs, and spills,
-    unless there are fewer warps. Three matrices need many, and so does muon."""
-    few = constants["LAYERS"] == 2 and constants["D"] * constants["F"] <= 4096
-    return few and constants["TURN"][0] == "none"
-
-
-def large(constants: Mapping[str, Any]) -> list[Config]:
-    """What fits wide heads in steps of 16, if these are: a loop's next operands wait in shared memory, where there is
-    room, and not in registers, where there is none. Empty for all others."""
-    wide = constants["LAYERS"] > 1 and constants["D"] > 64 and constants["C"] == 16
-    return [Config((("BF", 16),), 8, 2)] if wide else []
-
-
-def walk_configs(constants: Mapping[str, Any], most: int = 64) -> list[Config]:
-    """Narrow blocks of hidden units, which spill least; eight warps hold the most registers. A small memory of at most
-    so many hidden units has fewer."""
-    if found := large(constants):
-        return found
-    few = small(constants) and constants["F"] <= most
-    return [Config((("BF", 16),), max(4, constants["C"] // 8) if few else 8, 1)]
-
-
-def carry_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """As all that walks; with fewer warps for every small memory."""
-    return walk_configs(constants, 128)
-
-
-def state_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """As all that walks; with fewer warps yet for steps of 16, for a linear memory with narrow heads, and for kl with
-    wide ones, of which eight get too few registers."""
-    if small(constants) and constants["C"] == 16:
-        return [Config((("BF", 16),), 2, 1)]
-    if constants["LAYERS"] == 1 and constants["D"] <= 32:
-        return [Config((("BF", 16),), 4, 1)]
-    if constants["SETTLE"][0] == "kl" and constants["LAYERS"] == 2 and constants["D"] > 64 and not large(constants):
-        return [Config((("BF", 16),), 4, 1)]
-    return walk_configs(constants)
-
-
-def step_configs(constants: Mapping[str, Any]) -> list[Config]:
-    """Where programs are many: four warps, of which each has 16 rows of a step to itself; for few hidden units eight,
-    where four are given too few registers; for wide heads either, of which some memories spill with eight on Ampere,
-    as others do with four elsewhere; but of three matrices four."""
-    if found := large(constants):
-        return found
-    few = constants["F"] <= 64 and constants["C"] >= 32
-    wide = (4,) if constants["LAYERS"] == 3 else (8, 4)
-    return [Config((("BF", 16),), warps, 1) for warps in (wide if constants["D"] > 64 else (8,) if few else (4,))]
-
-
 def pairs_of(constants: Mapping[str, Any]) -> Pairs:
     """The canary of a kernel that both directions launch."""
     return (backward_pairs if constants["GRAD"] else forward_pairs)(constants)
 
 
-STATES = Kernel(neural_memory_states, state_configs, pairs_of)
-READS = Kernel(neural_memory_reads, step_configs, pairs_of)
+STATES = Kernel(neural_memory_states, states_plan, pairs_of)
+READS = Kernel(neural_memory_reads, reads_plan, pairs_of)
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> None:

@@ -63,10 +63,10 @@ def clear_shifts(settled, segment, LAYERS: tl.constexpr, PAIR: tl.constexpr, D: 
 
 
 @triton.jit
-def weights_at(anchor, shift, cols, zero, SHARED: tl.constexpr = False):
-    """A block of the weights at the anchor; ``shift`` None: the anchor itself. SHARED: see :func:`shared`."""
+def weights_at(anchor, shift, cols, zero):
+    """A block of the weights at the anchor; ``shift`` None: the anchor itself."""
     if shift is None:
-        return shared(tl.load(anchor), zero, SHARED)
+        return tl.load(anchor)
     else:
         return tl.exp(tl.load(anchor) - (tl.load(shift + cols) + zero))
 
@@ -98,7 +98,9 @@ def take_shift(d_shift, taken):
 
 @triton.jit
 def log_means(dual, col, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """c of the columns from ``col`` on, [COLS]."""
+    """c of the columns from ``col`` on as two numbers to take off one after the other, [COLS] each: D's largest, and
+    what is left, of a size with the logarithm of IN. As one, c would be rounded as coarsely as the largest is large,
+    and with it every weight."""
     top = tl.full([COLS], float("-inf"), tl.float32)
     total = tl.zeros([COLS], tl.float32)
     for row in tl.range(0, IN + zero, ROWS, disable_licm=True):
@@ -106,17 +108,17 @@ def log_means(dual, col, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.con
         higher = tl.maximum(top, tl.max(d, 0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(d - higher[None, :]), 0)
         top = higher
-    return top + tl.log(total / IN)
+    return top, tl.log(total / IN)
 
 
 @triton.jit
 def settle_logs(dual, zero, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """D − c at a chunk's end, in place."""
     for col in tl.range(0, OUT + zero, COLS, disable_licm=True):
-        shift = log_means(dual, col, zero, IN, OUT, ROWS, COLS)
+        top, shift = log_means(dual, col, zero, IN, OUT, ROWS, COLS)
         for row in tl.range(0, IN + zero, ROWS, disable_licm=True):
             at = block_of(row, col, OUT, ROWS, COLS)
-            tl.store(dual + at, tl.load(dual + at) - shift[None, :])
+            tl.store(dual + at, (tl.load(dual + at) - top[None, :]) - shift[None, :])
 
 
 @triton.jit

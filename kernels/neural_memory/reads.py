@@ -10,6 +10,7 @@ import triton.language as tl
 from .hidden import hidden_of
 from .logs import running, shifts_of
 from .orthogonal import APART
+from .parts import block_by_parts, read_by_parts
 from .retentions import BY_READS, FACTORS, load_factors, scaled
 from .states import anchor_block, keys_block
 from .tiles import (
@@ -39,17 +40,16 @@ from .tiles import (
 
 @triton.jit
 def first_read(q, scores, delta, weights, anchor, shift, f, at, zero, retain, carry, factor, SIZE: tl.constexpr,
-               MOMENTUM: tl.constexpr, SHARED: tl.constexpr, DT: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+               MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The queries' pre-activations of a block of W1 or W3."""
-    weight, offset = running(weights + at, anchor, at, shift, f[None, :], zero, SHARED)
+    weight, offset = running(weights + at, anchor, at, shift, f[None, :], zero)
     pre = product(q, weight, DT, PRECISION) * retain[:, None]
     if shift is not None:
         pre += product(q, offset, DT, PRECISION) * (1.0 - retain)[:, None]
     if MOMENTUM != APART:
         pre -= product(scores, delta, DT, PRECISION)
     if MOMENTUM and MOMENTUM != APART:
-        pre += product(q, shared(tl.load(weights + SIZE + at), zero, SHARED), DT, PRECISION) * carry[:, None]
+        pre += product(q, tl.load(weights + SIZE + at), DT, PRECISION) * carry[:, None]
     return scaled(pre, factor)
 
 
@@ -73,11 +73,12 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
     of W3. ``anchor``, ``states``: where W1, W2 and W3 begin.
 
     The transposed keys are loaded for every block anew (``zero`` is 0, which the compiler does not know): where matrix
-    instructions take operands from registers, they would fill a quarter of them. With wide heads and three matrices, or
-    many hidden units and no momentum, so are all that do not change, and blocks of matrices are held once (SHARED).
+    instructions take operands from registers, they would fill a quarter of them. Of three matrices, or with
+    wide heads, many hidden units and no momentum (PARTS), keys and queries are taken by parts, which are loaded anew,
+    and blocks of the last matrix are held once.
     """
     SIZE: tl.constexpr = D * F
-    SHARED: tl.constexpr = D > 64 and (LAYERS == 3 or (F > 256 and GRAD and not MOMENTUM))
+    PARTS: tl.constexpr = LAYERS == 3 or (D > 64 and F > 256 and GRAD and not MOMENTUM)
     retain, carry, _, _, _, _, _ = gates
     d = tl.arange(0, D)
     k = token_rows(k_ptr, tok, valid, d)
@@ -101,24 +102,34 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
             read = hidden_of(pre, pre_above, LAYERS)
             tl.store(reads + at_hidden, read.to(DT))
         elif LAYERS > 1:
-            kt = token_columns(k_ptr, tok + start * zero, valid, d)
-            if SHARED:
-                k = token_rows(k_ptr, tok + start * zero, valid, d)
-                q = token_rows(q_ptr, tok + start * zero, valid, d)
-                delta = tl.load(tall(deltas + start * zero, C, D)[0])
-            block = anchor_block(anchor, shifts, f, d, at1, at2, zero, DT, LAYERS, SHARED)
-            before, above, back, delta1, delta3, hidden_t = keys_block(
-                k, kt, delta, block, factors, LAYERS, DT, PRECISION
-            )  # fmt: skip
-            pre = first_read(
-                q, scores, delta1, states[0], anchor[0], shifts[0], f, at1, zero, retain, carry, factors[0], SIZE,
-                MOMENTUM, SHARED, DT, PRECISION,
-            )  # fmt: skip
+            if PARTS:
+                before, above, back, delta1, delta3, hidden_t = block_by_parts(
+                    k_ptr, tok, valid, deltas, anchor, shifts, factors, f, zero, D, F, C, BF, LAYERS, DT, PRECISION
+                )
+                pre = read_by_parts(
+                    q_ptr, tok, valid, scores, delta1, states[0], anchor[0], shifts[0], f, zero, retain, carry,
+                    factors[0], D, F, C, BF, MOMENTUM, DT, PRECISION,
+                )  # fmt: skip
+            else:
+                kt = token_columns(k_ptr, tok + start * zero, valid, d)
+                block = anchor_block(anchor, shifts, f, d, at1, at2, zero, DT, LAYERS)
+                before, above, back, delta1, delta3, hidden_t = keys_block(
+                    k, kt, delta, block, factors, LAYERS, DT, PRECISION
+                )
+                pre = first_read(
+                    q, scores, delta1, states[0], anchor[0], shifts[0], f, at1, zero, retain, carry, factors[0], SIZE,
+                    MOMENTUM, DT, PRECISION,
+                )  # fmt: skip
             pre_above = pre
-            if LAYERS == 3:
+            if LAYERS == 3 and PARTS:
+                pre_above = read_by_parts(
+                    q_ptr, tok, valid, scores, delta3, states[2], anchor[2], shifts[2], f, zero, retain, carry,
+                    factors[2], D, F, C, BF, MOMENTUM, DT, PRECISION,
+                )  # fmt: skip
+            elif LAYERS == 3:
                 pre_above = first_read(
                     q, scores, delta3, states[2], anchor[2], shifts[2], f, at1, zero, retain, carry, factors[2], SIZE,
-                    MOMENTUM, SHARED, DT, PRECISION,
+                    MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
             read = hidden_of(pre, pre_above, LAYERS)
             tl.store(reads + at_hidden, read.to(DT))
@@ -148,12 +159,12 @@ def reads_pass(q_ptr, k_ptr, tok, valid, deltas, anchor, shifts, factors, states
             hidden = tl.load(reads + i[:, None] * F + f[None, :]).to(tl.float32)
         else:
             hidden = token_rows(q_ptr, tok, valid, f).to(tl.float32)
-        weight, offset = running(states[1] + at2, anchor[1], at2, shifts[1], d[None, :], zero, SHARED)
+        weight, offset = running(states[1] + at2, anchor[1], at2, shifts[1], d[None, :], zero, PARTS)
         out += product(hidden * retain[:, None], weight, DT, PRECISION)
         if shifts[1] is not None:
             out += product(hidden * (1.0 - retain)[:, None], offset, DT, PRECISION)
         if MOMENTUM and MOMENTUM != APART:
-            moment = shared(tl.load(states[1] + SIZE + at2), zero, SHARED)
+            moment = shared(tl.load(states[1] + SIZE + at2), zero, PARTS)
             out += product(hidden * carry[:, None], moment, DT, PRECISION)
     return products, out
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from .biases import error_of, load_thresholds
 from .hidden import hidden_backward, hidden_of
 from .logs import log_through, settle_logs, shifts_of, weights_at
-from .orthogonal import APART, turn_all
+from .orthogonal import APART, turn_all, work_of
+from .parts import block_by_parts, keys_by_parts, update_block, update_by_parts
 from .retentions import FACTORS, after_segment, keep_factors, scaled, scales_of, settle
 from .tiles import (
     anchor_of,
@@ -43,7 +44,8 @@ from .tiles import (
 @triton.jit
 def inner_pass(k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale, thresholds, zero, D: tl.constexpr,
                F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr,
-               RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               RESIDUAL: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """The keys' pass at the anchor: ẑ and 1/std of the last layer, the residual r, and Δ of the last layer. ``shifts``,
     here and below: those of kl, or None each."""
     u1, u2, u3 = anchor
@@ -53,7 +55,12 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale, thresho
         k = token_rows(k_ptr, tok, valid, d)
         for start in tl.range(0, F + zero, BF, disable_licm=True):
             f = start + tl.arange(0, BF)
-            if LAYERS > 1:
+            if LAYERS == 3 or (LAYERS > 1 and MOMENTUM == APART):
+                before, above = keys_by_parts(
+                    k_ptr, tok, valid, anchor, shifts, factors, f, zero, D, F, C, BF, LAYERS, DT, PRECISION
+                )
+                hidden = hidden_of(before, above, LAYERS)
+            elif LAYERS > 1:
                 at = d[:, None] * F + f[None, :]
                 weight = weights_at(u1 + at, shifts[0], f[None, :], zero)
                 before = scaled(product(k, weight, DT, PRECISION), factors[0])
@@ -86,14 +93,14 @@ def inner_pass(k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale, thresho
 
 
 @triton.jit
-def anchor_block(anchor, shifts, f, d, at1, at2, zero, DT: tl.constexpr, LAYERS: tl.constexpr,
-                 SHARED: tl.constexpr = False):  # fmt: skip
+def anchor_block(anchor, shifts, f, d, at1, at2, zero, DT: tl.constexpr,
+                 LAYERS: tl.constexpr):  # fmt: skip
     """A block of hidden units f of W1 [D, BF], W2 [BF, D] and W3 [D, BF] at the anchor."""
-    first = weights_at(anchor[0] + at1, shifts[0], f[None, :], zero, SHARED).to(DT)
-    last = weights_at(anchor[1] + at2, shifts[1], d[None, :], zero, SHARED).to(DT)
+    first = weights_at(anchor[0] + at1, shifts[0], f[None, :], zero).to(DT)
+    last = weights_at(anchor[1] + at2, shifts[1], d[None, :], zero).to(DT)
     above = first
     if LAYERS == 3:
-        above = weights_at(anchor[2] + at1, shifts[2], f[None, :], zero, SHARED).to(DT)
+        above = weights_at(anchor[2] + at1, shifts[2], f[None, :], zero).to(DT)
     return first, last, above
 
 
@@ -117,28 +124,11 @@ def keys_block(k, kt, delta, block, factors, LAYERS: tl.constexpr, DT: tl.conste
 
 
 @triton.jit
-def update_block(old, new, at, end_retain, end_carry, end_inertia, written, written_moment, SIZE: tl.constexpr,
-                 MOMENTUM: tl.constexpr):  # fmt: skip
-    """A block of W and S after the step, from those before and the rank-C terms that are taken off."""
-    after = end_retain * tl.load(old + at)
-    if MOMENTUM != APART:
-        after -= written
-    if MOMENTUM:
-        moment = tl.load(old + SIZE + at)
-        if MOMENTUM != APART:
-            after += end_carry * moment
-        tl.store(new + SIZE + at, end_inertia * moment - written_moment)
-    tl.store(new + at, after)
-
-
-@triton.jit
 def update_first(kt, delta, old, new, at, gates, SIZE: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """A block of a matrix that the keys meet first, W1 or W3, and of its S, after the step."""
     _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
-    written = kt
-    if MOMENTUM != APART:
-        written = product(kt, delta * end_write[:, None], DT, PRECISION)
+    written = product(kt, delta * end_write[:, None], DT, PRECISION)
     inert = written
     if MOMENTUM:
         inert = product(kt, delta * end_momentum[:, None], DT, PRECISION)
@@ -146,26 +136,29 @@ def update_first(kt, delta, old, new, at, gates, SIZE: tl.constexpr, MOMENTUM: t
 
 
 @triton.jit
-def update_pass(k_ptr, tok, valid, delta, anchor, shifts, factors, old, new, gates, zero, D: tl.constexpr,
+def update_pass(k_ptr, tok, valid, delta, deltas, anchor, shifts, factors, old, new, gates, zero, D: tl.constexpr,
                 F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, LAYERS: tl.constexpr, MOMENTUM: tl.constexpr,
                 DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The state after the step. ``anchor``, ``old``, ``new``: where W1, W2 and W3 begin; S follows W."""
+    """The state after the step. ``anchor``, ``old``, ``new``: where W1, W2 and W3 begin; S follows W; ``deltas``: where
+    Δ of the last layer lies in DT. With muon of a linear memory alone: see :func:`update_by_parts`."""
     SIZE: tl.constexpr = D * F
     _, _, end_write, end_momentum, end_retain, end_carry, end_inertia = gates
     d = tl.arange(0, D)
-    if MOMENTUM != APART:
+    if LAYERS > 1:
         k = token_rows(k_ptr, tok, valid, d)
         kt = token_columns(k_ptr, tok, valid, d)
     for start in tl.range(0, F + zero, BF, disable_licm=True):
         f = start + tl.arange(0, BF)
         at1 = d[:, None] * F + f[None, :]
         at2 = f[:, None] * D + d[None, :]
-        if MOMENTUM == APART:  # in float32 they fill too many registers to be kept
-            k = token_rows(k_ptr, tok + start * zero, valid, d)
-            kt = token_columns(k_ptr, tok + start * zero, valid, d)
         if LAYERS > 1:
-            block = anchor_block(anchor, shifts, f, d, at1, at2, zero, DT, LAYERS)
-            delta1, delta3, hidden_t = keys_block(k, kt, delta, block, factors, LAYERS, DT, PRECISION)[3:]
+            if LAYERS == 3:  # too many operands to be held whole
+                delta1, delta3, hidden_t = block_by_parts(
+                    k_ptr, tok, valid, deltas, anchor, shifts, factors, f, zero, D, F, C, BF, LAYERS, DT, PRECISION
+                )[3:]
+            else:
+                block = anchor_block(anchor, shifts, f, d, at1, at2, zero, DT, LAYERS)
+                delta1, delta3, hidden_t = keys_block(k, kt, delta, block, factors, LAYERS, DT, PRECISION)[3:]
             update_first(kt, delta1, old[0], new[0], at1, gates, SIZE, MOMENTUM, DT, PRECISION)
             if LAYERS == 3:
                 update_first(kt, delta3, old[2], new[2], at1, gates, SIZE, MOMENTUM, DT, PRECISION)
@@ -198,7 +191,7 @@ def neural_memory_states(
     F: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr, LAYERS: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SETTLE: tl.constexpr, MOMENTUM: tl.constexpr,
     TURN: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr, BF: tl.constexpr,
+    PRECISION: tl.constexpr, BF: tl.constexpr, ROWS: tl.constexpr = 32,
 ):  # fmt: skip
     """W and S with which each step of a segment begins, ``states`` [N, H, steps, ·], and Δ of its last layer, in
     ``small``. ``start``: the state before the call, or W_0 of each layer [H, ·]; ``kept``: W and S every EVERY chunks,
@@ -274,21 +267,33 @@ def neural_memory_states(
         tok, valid = step_offsets(j, begin, length, place, h, H, D, C)
         normed, rstd, residual, delta = inner_pass(
             k_ptr, v_ptr, tok, valid, anchor, shifts, factors, scale,
-            load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero, D, F, C, BF, LAYERS, NORM, RESIDUAL, BIAS, KIND,
-            EXACT,
+            load_thresholds(threshold_ptr, tok, valid, D, BIAS), zero, D, F, C, BF, LAYERS, NORM, RESIDUAL, BIAS, RULE,
+            KIND, EXACT,
         )  # fmt: skip
-        tl.store(tall(deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD), C, D)[0], delta.to(DT))
+        deltas = deltas_of(small_ptr, at, C, D, F, LAYERS, GRAD)
+        tl.store(tall(deltas, C, D)[0], delta.to(DT))
         if GRAD:
             wide = workspace(small_ptr, wide_ptr, at, C, D, F, LAYERS)[1]
             _, units, residuals, _, _, _, _, rstds = wide_parts(wide, C, D, F)
             tl.store(tall(units, C, D)[0], normed)
             tl.store(tall(residuals, C, D)[0], residual)
             tl.store(rstds + tl.arange(0, C), rstd)
-        if (j < after - 1) | WALKS:
+        olds, news = (old, old + (LAYERS - 1) * PAIR, old + PAIR), (new1, new2, new3)
+        if RULE == APART and LAYERS > 1:
+            # Newton-Schulz's workspace is free until the step has ended, and no smaller than C D.
+            exact = work_of(turned_ptr, program, D, F, LAYERS, TURN, GRAD)[1]
+            tl.store(tall(exact, C, D)[0], delta)
+            tl.debug_barrier()
+            update_by_parts(
+                k_ptr, j, begin, length, place, h, vectors_ptr + slot * (4 * C) + 3 * C, exact, anchor, factors, olds,
+                news, gates, zero, H, D, F, C, ROWS if C > ROWS else C, BF, LAYERS, EXACT,
+            )  # fmt: skip
+        elif (j < after - 1) | WALKS:
+            if LAYERS == 3:
+                tl.debug_barrier()
             update_pass(
-                k_ptr, tok, valid, delta.to(KIND), anchor, shifts, factors,
-                (old, old + (LAYERS - 1) * PAIR, old + PAIR), (new1, new2, new3), gates, zero, D, F, C, BF, LAYERS,
-                RULE, KIND, EXACT,
+                k_ptr, tok, valid, delta.to(KIND), deltas, anchor, shifts, factors, olds, news, gates, zero, D, F, C,
+                BF, LAYERS, RULE, KIND, EXACT,
             )  # fmt: skip
         tl.debug_barrier()
         if TURN[0] != "none":

@@ -176,7 +176,9 @@ def main(args: argparse.Namespace) -> int:
     import triton
 
     plans = {name: plan for name, plan in discover(args.modules).items() if any(text in name for text in args.only)}
-    entries, refused = collect(plans, args.arch)
+    collected = collect(plans, args.arch)
+    entries = collected.entries
+    refused = [*collected.refused, *(f"{plan} sm_{arch}: {why}" for (plan, arch), why in collected.elsewhere.items())]
     chosen = first_of_each(entries) if args.once else entries
     facts = compile_all([entry.job for entry in chosen], args.jobs)
     print(table(chosen, facts))

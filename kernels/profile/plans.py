@@ -10,11 +10,13 @@ import multiprocessing
 import pkgutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from ..launch import Launch, planning
+from ..launch import Launch, planning, targeting
+from ..op import NotCovered
 from .offline import ARCHES, Facts, Job, compile_jobs, specialise_launch
 
 PACKAGE = __package__.rpartition(".")[0]
@@ -37,9 +39,9 @@ def discover(modules: Collection[str] = (), name: str = "PLANS") -> dict[str, Ca
     return found
 
 
-def launches_of(plan: Callable[[], None]) -> list[Launch]:
-    """What a plan launches, in order; nothing runs."""
-    with planning() as launches:
+def launches_of(plan: Callable[[], None], arch: int | None = None) -> list[Launch]:
+    """What a plan launches, in order, on GPUs of an architecture where one is given; nothing runs."""
+    with planning() as launches, nullcontext() if arch is None else targeting(arch):
         plan()
     return list(launches)
 
@@ -76,20 +78,38 @@ def entries_of(plan: str, launches: Sequence[Launch], arches: Sequence[int] = AR
     of_each = list(distinct(launches, arches[0]))
     for arch in arches:
         for name, launch in of_each:
-            for i, config in enumerate(launch.kernel.configs(launch.constants)):
+            with targeting(arch):
+                configs = launch.kernel.configs(launch.constants)
+            for i, config in enumerate(configs):
                 yield Entry(plan, name, i == 0, specialise_launch(launch, arch, config))
 
 
-def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARCHES) -> tuple[list[Entry], list[str]]:
-    """The table of all plans, and a line for each plan that an operation refuses."""
-    entries, refused = [], []
+@dataclass
+class Collected:
+    """The table of some plans; a line for each plan that an operation refuses; and by plan and architecture why a plan
+    runs plain torch there, of which others have kernels."""
+
+    entries: list[Entry]
+    refused: list[str]
+    elsewhere: dict[tuple[str, int], str]
+
+
+def collect(plans: Mapping[str, Callable[[], None]], arches: Sequence[int] = ARCHES) -> Collected:
+    """All that some plans launch, on each architecture what it would there."""
+    found = Collected([], [], {})
     with torch.enable_grad():
         for name, plan in plans.items():
-            try:
-                entries += list(entries_of(name, launches_of(plan), arches))
-            except ValueError as error:
-                refused.append(f"{name}: {error}")
-    return entries, refused
+            without: dict[int, ValueError] = {}
+            for arch in arches:
+                try:
+                    found.entries += entries_of(name, launches_of(plan, arch), (arch,))
+                except ValueError as error:
+                    without[arch] = error
+            if len(without) == len(arches) or not all(isinstance(error, NotCovered) for error in without.values()):
+                found.refused += dict.fromkeys(f"{name}: {error}" for error in without.values())
+            else:
+                found.elsewhere |= {(name, arch): str(error) for arch, error in without.items()}
+    return found
 
 
 def compile_all(jobs: Collection[Job], workers: int = 1) -> dict[Job, Facts]:

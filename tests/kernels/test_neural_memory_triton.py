@@ -1,5 +1,6 @@
 """The Triton kernels of neural memory over all choices: every pair of them occurs together in one row of ``ARRAY``."""
 
+import logging
 from functools import partial
 from itertools import combinations, product
 from typing import Any
@@ -19,13 +20,15 @@ from harness import (
 )
 from triton_checks import check_configurations
 
-from palimpsest.kernels import MemorySpec, neural_memory
-from palimpsest.kernels.launch import planning
+from palimpsest.kernels import MemorySpec, backend, neural_memory
+from palimpsest.kernels.launch import Kernel, planning, targeting
+from palimpsest.kernels.neural_memory.backward import CARRY, READS_BACKWARD
 from palimpsest.kernels.neural_memory.canary import spec_of
-from palimpsest.kernels.neural_memory.coverage import COVERED
-from palimpsest.kernels.neural_memory.forward import constants_of, step_length
+from palimpsest.kernels.neural_memory.coverage import COVERED, uncovered
+from palimpsest.kernels.neural_memory.forward import READS, STATES, constants_of, step_length
 from palimpsest.kernels.neural_memory.gate_kernels import GATES, GATES_BACKWARD, NAMES
 from palimpsest.kernels.neural_memory.plans import PLANS, VARIANTS
+from palimpsest.kernels.op import NotCovered
 
 #: network, depth, expansion, norm, residual, bias, retention, rule, chunk_size, read_after_write; packed, warm state.
 ARRAY = [
@@ -180,6 +183,128 @@ def test_chunks_of_wide_heads_are_taken_in_steps() -> None:
     spec = MemorySpec("gated_mlp", expansion=1, chunk_size=64)
     assert step_length(spec, 128) == 32
     check_equals_reference(case_of(spec, width=128), "triton", torch.float32, 70, packed=True, warm=True)
+
+
+#: What takes keys of more than 32 numbers, or more than 32 tokens, by parts: muon's states, the reads of wide heads
+#: with three matrices, and the backward of kl.
+PARTED: list[tuple[dict[str, Any], int]] = [
+    ({"network": "gated_mlp", "rule": "muon", "ns_steps": 1, "norm": False, "chunk_size": 64}, 64),
+    ({"rule": "muon_gd", "ns_steps": 1, "norm": False, "retention": "lq"}, 128),
+    ({"network": "gated_mlp", "norm": False, "retention": "kl", "bias": "huber"}, 128),
+    ({"retention": "kl", "bias": "huber", "norm": False, "chunk_size": 64}, 16),
+    ({"rule": "muon", "ns_steps": 1, "norm": False, "retention": "lq", "chunk_size": 64}, 32),
+    ({"network": "gated_mlp", "rule": "muon", "ns_steps": 1, "norm": False, "retention": "lq", "chunk_size": 64}, 16),
+]
+
+
+@pytest.mark.parametrize(
+    "choices, width",
+    PARTED,
+    ids=lambda x: "-".join(str(y) for y in x.values() if isinstance(y, str)) if isinstance(x, dict) else "",
+)
+def test_what_is_taken_by_parts_equals_the_reference(choices: dict[str, Any], width: int) -> None:
+    """Values, state and every gradient, into the second step; sums are of more terms than those above."""
+    spec = beyond(choices)
+    check_equals_reference(
+        case_of(spec, width=width, close=CLOSE_NORM), "triton", torch.float32, spec.chunk_size + 6, warm=True
+    )
+
+
+def test_logarithms_of_weights_may_be_large() -> None:
+    """Of kl, where some writes were: at a chunk's end a weight is as exact as its own size lets it be."""
+    spec = MemorySpec("linear", retention="kl", rule="gd", bias="dot", norm=False, chunk_size=16)
+    case, arguments = case_of(spec), make(Draw(0, torch.float32), 1, 20, spec=spec, heads=1, width=16)
+    arguments["v"][:, :16] *= 1e5
+    arguments["log_retain"].zero_()  # else what decay takes of the logarithms is most of what is read
+    found, _ = case.run(arguments, "triton")
+    wanted, state = case.run(to_dtype(arguments, torch.float64), "reference")
+    assert state["anchor.0"].abs().max() > 1e4
+    assert_close([found[:, 16:]], [wanted[:, 16:]], CLOSE, "values")
+
+
+def test_tokens_of_a_part_are_as_many_as_a_plan_says() -> None:
+    """On Blackwell 16 in muon's states, and all of a step in the way back."""
+    choices, width = PARTED[0]
+    spec = beyond(choices)
+    with targeting(100):
+        check_equals_reference(case_of(spec, width=width, close=CLOSE_NORM), "triton", torch.float32, 70, warm=True)
+
+
+#: What has no kernels without spills on some GPUs: choices, width, how it is named, where it has them.
+ELSEWHERE: list[tuple[dict[str, Any], int, str, tuple[int, ...]]] = [
+    ({"network": "gated_mlp", "rule": "muon"}, 64, "rule muon and network gated_mlp", (90, 100)),
+    ({"rule": "muon_gd"}, 128, "rule muon_gd and heads of 128", (90,)),
+    ({"rule": "muon", "window": 4}, 64, "rule muon and a window", (90, 100)),
+    ({"retention": "kl", "chunk_size": 64}, 128, "retention kl and heads of 128", (90, 100)),
+]
+
+
+@pytest.mark.parametrize("choices, width, named, fit", ELSEWHERE, ids=["gated", "muon", "window", "kl"])
+def test_what_spills_on_one_architecture_runs_plain_torch_there(
+    choices: dict[str, Any],
+    width: int,
+    named: str,
+    fit: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It says so in one line, and is refused where Triton is asked for by name; other GPUs have the kernels."""
+    spec = beyond(choices)
+    given = make(Draw(0, torch.float32), 1, 3, spec=spec, heads=1, width=width)
+    why = f"GPU was sm_80; it must be {' or '.join(f'sm_{arch}' for arch in fit)} with {named}, whose registers spill"
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setenv("PALIMPSEST_BACKEND", "triton")
+    with targeting(80), caplog.at_level(logging.INFO, "palimpsest.kernels"):
+        with pytest.raises(NotCovered, match=why):
+            neural_memory(**given, backend="triton")
+        for _ in range(2):
+            o, _ = neural_memory(**given)
+    assert [line for line in caplog.messages if "sm_80" in line] == [
+        f"neural_memory: torch, for the Triton kernels do not cover this call: {why}"
+    ]
+    assert torch.equal(o, neural_memory(**given, backend="torch")[0])
+    assert uncovered(torch.bfloat16, width, width, spec) is None, "no GPU in particular"
+    for arch in (80, 90, 100):
+        with targeting(arch):
+            assert (uncovered(torch.bfloat16, width, width, spec) is None) == (arch in fit)
+            assert uncovered(torch.bfloat16, width, width, beyond({"retention": "lq"})) is None
+
+
+USUAL, FOUR, WAITS = "warps=8 stages=1", "warps=4 stages=1", "warps=8 stages=2"
+WIDE: dict[str, Any] = {"width": 128, "chunk_size": 64}
+NARROW: dict[str, Any] = {"network": "linear", "width": 32}
+#: Kernel, choices, and what it is launched with on sm_80, sm_90 and sm_100, where these differ.
+LAUNCHES: list[tuple[Kernel, dict[str, Any], tuple[str, str, str]]] = [
+    (STATES, {"network": "gated_mlp", "rule": "muon", "chunk_size": 64}, (FOUR, FOUR, f"ROWS=16 {USUAL}")),
+    (STATES, {"rule": "muon", "expansion": 4, "chunk_size": 64}, (FOUR, USUAL, f"ROWS=16 {USUAL}")),
+    (STATES, {"retention": "lq", "expansion": 4, "chunk_size": 64}, (USUAL, USUAL, FOUR)),
+    (STATES, {"network": "gated_mlp", "rule": "gd", **WIDE}, (FOUR, USUAL, USUAL)),
+    (STATES, {"rule": "muon", "chunk_size": 32, **NARROW}, ("warps=4 stages=2", FOUR, FOUR)),
+    (STATES, {"retention": "kl", **NARROW}, ("warps=4 stages=2", FOUR, FOUR)),
+    (STATES, {"retention": "norm", **NARROW}, (FOUR, FOUR, "warps=4 stages=2")),
+    (STATES, {"network": "linear", **WIDE}, (FOUR, USUAL, USUAL)),
+    (READS, {"network": "linear", **WIDE}, (f"{USUAL}, {FOUR}", f"{USUAL}, {FOUR}", FOUR)),
+    (READS, {"chunk_size": 32}, (USUAL, USUAL, FOUR)),
+    (READS, {"rule": "gd", "expansion": 4, **WIDE}, (f"{USUAL}, {FOUR}", f"{USUAL}, {FOUR}", USUAL)),
+    (READS, {"rule": "gd", "retention": "lq", **WIDE}, (USUAL, f"{USUAL}, {FOUR}", USUAL)),
+    (READS_BACKWARD, {"retention": "norm", **NARROW}, (USUAL, USUAL, FOUR)),
+    (CARRY, {"rule": "muon", "expansion": 4, "chunk_size": 64}, (USUAL, USUAL, f"ROWS=64 {FOUR}")),
+    (CARRY, {"network": "gated_mlp", **WIDE}, (WAITS, USUAL, USUAL)),
+    (CARRY, {"retention": "norm", **WIDE}, (WAITS, USUAL, USUAL)),
+]
+
+
+@pytest.mark.parametrize("kernel, choices, wanted", LAUNCHES, ids=lambda x: x.name if isinstance(x, Kernel) else "")
+def test_launch_plans_go_by_architecture(kernel: Kernel, choices: dict[str, Any], wanted: tuple[str, ...]) -> None:
+    """What spills with the warps or stages of the others on one GPU alone has its own there."""
+    given = {name: value for name, value in choices.items() if name != "width"}
+    spec, width = beyond(given), choices.get("width", 64)
+    arguments = make(Draw(0, torch.float32), 1, 3, spec=spec, heads=1, width=width)
+    constants = constants_of(arguments["q"], arguments["weights"], False, False, True, spec)
+    for arch, plan in zip((80, 90, 100), wanted, strict=True):
+        with targeting(arch):
+            found = ", ".join(str(config).removeprefix("BF=16 ") for config in kernel.configs(constants))
+        assert found == plan, arch
 
 
 def choices_of(call: Any) -> dict[str, Any]:

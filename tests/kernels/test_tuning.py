@@ -12,7 +12,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from palimpsest.kernels import launch, tuning
-from palimpsest.kernels.launch import Config, Kernel, forced
+from palimpsest.kernels.launch import Config, Kernel, architecture, forced, planning, targeting
 
 CONFIGS = [Config((("BLOCK", size),), num_warps=4, num_stages=2) for size in (16, 32, 64)]
 WIDE, TALL = CONFIGS[0], CONFIGS[1]
@@ -225,3 +225,23 @@ def test_forced_configurations_nest(make: Any) -> None:
             assert launch._forced == {"fake": TALL}
         assert launch._forced == {"fake": WIDE} and launch.is_forced()
     assert not launch.is_forced()
+
+
+@pytest.mark.parametrize(
+    "capability, arch", [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)]
+)
+def test_a_gpu_goes_by_an_architecture_that_is_compiled_for(
+    capability: tuple[int, int], arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not in the interpreter; a plan goes by the one that it is made for."""
+    major, minor = capability
+    assert architecture() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor))
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    assert architecture() == arch
+    with planning():
+        assert architecture() is None
+        with targeting(100):
+            assert architecture() == 100

@@ -11,12 +11,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sample
 
 import palimpsest.kernels.profile.plans as plans
-from palimpsest.kernels.launch import Config, Launch
+from palimpsest.kernels.launch import Config, Launch, architecture
+from palimpsest.kernels.op import NotCovered
+from palimpsest.kernels.profile import variants
+from palimpsest.kernels.profile.__main__ import main
 from palimpsest.kernels.profile.budgets import CHIEF, FILE, Budget, Budgets, complaints, first_of_each, problems
 from palimpsest.kernels.profile.offline import ARCHES, Facts, Job
 from palimpsest.kernels.profile.plans import Entry, discover
@@ -152,6 +156,65 @@ def test_a_launch_is_specialised_once_however_often_it_is_launched(monkeypatch: 
     wanted = [(name, str(config), f"sm_{arch}") for arch in ARCHES for name in names for config in sample.CONFIGS]
     assert [entry.key[1:] for entry in entries] == wanted and len(asked) == 100 + len(wanted)
     assert [entry.preferred for entry in entries] == [True, False] * 6
+
+
+def call_elsewhere() -> None:
+    """What an operation without kernels for one architecture does."""
+    if architecture() == 80:
+        raise NotCovered("GPU was sm_80")
+    sample.call_product()
+
+
+def specialised(launch: Launch, arch: int, config: Config | None = None) -> Job:
+    return Job(launch.kernel.name, "", "", arch, str(config or launch.config), 4, 2, (), (), ())
+
+
+def test_a_plan_may_have_kernels_on_some_architectures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "specialise_launch", specialised)
+    found = plans.collect({"a/b": call_elsewhere})
+    assert {entry.job.arch for entry in found.entries} == {90, 100}
+    assert found.elsewhere == {("a/b", 80): "GPU was sm_80"} and found.refused == []
+    alone = plans.collect({"a/b": call_elsewhere}, (80,))
+    assert alone == plans.Collected([], ["a/b: GPU was sm_80"], {}), "nowhere else either"
+
+
+def test_variants_name_what_runs_plain_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(plans, "specialise_launch", specialised)
+    monkeypatch.setattr(variants, "discover", lambda *_: {"a/b": call_elsewhere, "a/c": sample.call_crowded})
+    monkeypatch.setattr(variants, "compile_all", lambda jobs, _: dict.fromkeys(jobs, GOOD))
+    assert main(["variants", "--kernels", "product", "--json", str(tmp_path / "found.json")]) == 0
+    file = json.loads((tmp_path / "found.json").read_text())
+    assert file["plain_torch"] == [{"plan": "a/b", "arch": "sm_80", "why": "GPU was sm_80"}]
+    assert file["not_compiled"] == []
+    assert {(row["plan"], row["kernel"], row["arch"]) for row in file["rows"]} == {
+        ("a/b", "sample_product", "sm_90"),
+        ("a/b", "sample_product", "sm_100"),
+    }
+    assert "TORCH a/b sm_80: GPU was sm_80\n" in capsys.readouterr().out
+    monkeypatch.setattr(variants, "compile_all", lambda jobs, _: dict.fromkeys(jobs, replace(GOOD, spill_loads=1)))
+    assert main(["variants"]) == 1
+    capsys.readouterr()
+    assert main(["variants", "--show", str(tmp_path / "found.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["| b | torch 168 168 |"]
+
+
+def test_a_table_has_the_most_of_each_kernel() -> None:
+    row = {"plan": "a/b_bf16", "kernel": "a_one", "arch": "sm_80", "registers": 8, "spills": 0}
+    rows = [row, row | {"kernel": "a_one#2", "registers": 9, "spills": 4}, row | {"plan": "a/c", "kernel": "a_two"}]
+    assert variants.table({"rows": rows, "plain_torch": []}).splitlines() == [
+        "| registers on sm_80 | one | two |",
+        "|---|---|---|",
+        "| b | 9 (4 spills) | – |",
+        "| c | – | 8 |",
+    ]
+
+
+def test_the_document_has_the_table_of_its_file() -> None:
+    document = (HERE.parents[2] / "docs" / "neural_memory.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"variants --show\s+(docs/results/[\w-]+\.json)", document)
+    whole = json.loads((HERE.parents[2] / name).read_text(encoding="utf-8"))
+    assert f"\n{variants.table(whole)}\n" in document
+    assert whole["not_compiled"] == [] and not any(row["spills"] or row["stack"] for row in whole["rows"])
 
 
 def test_a_file_keeps_its_budgets(tmp_path: Path) -> None:
