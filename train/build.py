@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,21 @@ LOG_SECONDS = 30.0
 """Seconds between two lines on how far it is, where there is no terminal."""
 
 
-def build(folder: Path, config: DataConfig, tokenizer: Tokenizer, about: dict[str, Any], jobs: int = 1) -> bool:
+def build(
+    folder: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    about: dict[str, Any],
+    jobs: int = 1,
+    found: list[Path] | None = None,
+) -> bool:
     """Tokenise into a folder beside ``folder``, then rename it there; or go on with what an interrupted call left.
 
     Returns whether this call did it; False when another process was first.
 
     Args:
         about: further entries of the manifest, with its ``fingerprint``. jobs: processes that tokenise.
+        found: the source's files, where they have been looked for.
 
     Raises:
         DataError: for a source or text that cannot be used, and for a folder that holds something else; nothing stays.
@@ -76,7 +84,7 @@ def build(folder: Path, config: DataConfig, tokenizer: Tokenizer, about: dict[st
         try:
             _clear_of_others(beside, about["fingerprint"])
             if not (beside / MANIFEST).exists():
-                write_manifest(beside, tokenise(beside, config, tokenizer, about=about, jobs=jobs) | about)
+                write_manifest(beside, tokenise(beside, config, tokenizer, about=about, jobs=jobs, found=found) | about)
             for path in (beside / PROGRESS, *beside.glob("tail-*.bin")):  # only now: what goes on needs them
                 path.unlink(missing_ok=True)
             try:
@@ -149,17 +157,25 @@ def _clear_of_others(beside: Path, fingerprint: str) -> None:
 
 
 def tokenise(
-    folder: Path, config: DataConfig, tokenizer: Tokenizer, *, about: dict[str, Any], jobs: int = 1
+    folder: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    about: dict[str, Any],
+    jobs: int = 1,
+    found: list[Path] | None = None,
 ) -> dict[str, Any]:
     """Write a source's shards and indices, or finish those that are begun; returns their part of the manifest."""
     corpus = Making(folder, config, tokenizer, about["fingerprint"])
     try:
         corpus.resume()
         if not corpus.cut:
-            meter = Meter(config, corpus.size, corpus.read)
-            source = pieces(config, corpus.place)
-            with contextlib.closing(encoded(source, config.text_key, tokenizer, corpus.dtype, jobs)) as found:
-                for piece, content in found:
+            if found is None:
+                found = files(config)
+            meter = Meter(found, corpus.size, corpus.read)
+            source = pieces(config, corpus.place, found)
+            with contextlib.closing(encoded(source, config.text_key, tokenizer, corpus.dtype, jobs)) as contents:
+                for piece, content in contents:
                     corpus.add(piece, content)
                     meter.show(corpus.size, corpus.read)
             meter.close()
@@ -354,11 +370,12 @@ class Meter:
     """How far it is: a line that is written over on a terminal; elsewhere a log line now and then.
 
     Args:
+        found: the source's files.
         size: bytes of text that an earlier call has tokenised. read: bytes of source files that it read.
     """
 
-    def __init__(self, config: DataConfig, size: int, read: int) -> None:
-        self.total = sum(path.stat().st_size for path in files(config))  # 0 where nobody knows
+    def __init__(self, found: Sequence[Path], size: int, read: int) -> None:
+        self.total = sum(path.stat().st_size for path in found)  # 0 where nobody knows
         self.size, self.read = size, read
         self.tty, self.wrote = sys.stderr.isatty(), False
         self.begin = self.shown = time.monotonic()

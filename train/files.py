@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,18 +48,32 @@ def files(config: "DataConfig") -> list[Path]:
     for item in [config.path] if isinstance(config.path, str) else config.path or []:
         found += _expand(item, config.source)
     seen: set[str] = set()
+    folders: dict[str, str] = {}
     for path in found:
         _check_suffix(path, config.source)
-        real = os.path.realpath(path)
+        real = _real_path(path, folders)
         if real in seen:
             raise DataError(f"data.path was {config.path!r}, which names {path} twice; it must name each file once")
         seen.add(real)
     return found
 
 
-def source_digest(config: "DataConfig") -> str | None:
+def _real_path(path: Path, folders: dict[str, str]) -> str:
+    """A file's path without links; ``folders`` holds those of folders so far, as each takes a look at all above it."""
+    folder, name = os.path.split(path)
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], name)
+
+
+def source_digest(config: "DataConfig", found: Sequence[Path] | None = None) -> str | None:
     """A checksum of the source files' names, sizes and times of change; None for hf and standard input, which have
     no files of ours.
+
+    Args:
+        found: what :func:`files` gave, where it has been asked.
 
     Raises:
         DataError: as ``files``.
@@ -67,7 +81,7 @@ def source_digest(config: "DataConfig") -> str | None:
     if not is_local(config):
         return None
     digest = hashlib.sha256(platform.python_version().encode() if config.source == "stdlib" else b"")
-    for path in files(config):
+    for path in files(config) if found is None else found:
         status = path.stat()
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 from .build import build as build_corpus
 from .corpus import Corpus
 from .data_config import DataConfig
-from .files import DataError, source_digest
+from .files import DataError, files, source_digest
 from .mixture import MixtureCorpus
 from .shards import MANIFEST, read_manifest, verify_files
 from .tokenizer import Tokenizer, load_tokenizer
@@ -45,8 +45,10 @@ def prepare(config: DataConfig, *, verify: bool = True, build: bool = True, jobs
         return _prepared(config, tokenizer, verify)
     identity = _identity(config, tokenizer)
     given = None if config.folder is None else Path(config.folder).expanduser()
+    found = None
     try:
-        digest = source_digest(config)
+        found = files(config)
+        digest = source_digest(config, found)
     except DataError as error:
         if given is None or not (given / MANIFEST).exists():
             raise
@@ -59,7 +61,7 @@ def prepare(config: DataConfig, *, verify: bool = True, build: bool = True, jobs
         if not build:
             raise DataError(f"no corpus is in {folder} yet")
         about = {"identity": identity, "source": digest, "fingerprint": fingerprint}
-        built = build_corpus(folder, config, tokenizer, about, jobs)
+        built = build_corpus(folder, config, tokenizer, about, jobs, found)
     seconds = time.monotonic() - began if built else None
     manifest = read_manifest(folder)
     _check_identity(manifest, identity, digest, folder)

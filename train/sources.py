@@ -33,6 +33,8 @@ PIECE = 2**20
 LONGEST = 8 * 2**20
 """Bytes of a document that are tokenised at once, at most."""
 
+STANDARD_INPUT = Path(STDIN)
+
 ROWS = 256
 """Rows of parquet files that are read at once."""
 
@@ -97,8 +99,15 @@ def documents(config: "DataConfig") -> Iterator[Document]:
         yield Document(b"".join(each.text for each in held), held[0].name)
 
 
-def pieces(config: "DataConfig", start: Place = Place()) -> Iterator[Piece]:  # noqa: B008
+def pieces(
+    config: "DataConfig",
+    start: Place = Place(),  # noqa: B008
+    found: list[Path] | None = None,
+) -> Iterator[Piece]:
     """A source in pieces of about ``PIECE`` bytes, from ``start``: the beginning, or ``after`` of an earlier piece.
+
+    Args:
+        found: the source's files, where they have been looked for.
 
     Raises:
         DataError: for what can be told without parsing; else see :func:`documents`.
@@ -107,7 +116,9 @@ def pieces(config: "DataConfig", start: Place = Place()) -> Iterator[Piece]:  # 
         yield from _dataset_pieces(config, start)
         return
     read = {"stdlib": _text_pieces, "text": _text_pieces, "jsonl": _line_pieces, "parquet": _row_pieces}[config.source]
-    yield from read(config, [Path(STDIN)] if config.path == STDIN else files(config), start)
+    if config.path == STDIN:
+        found = [STANDARD_INPUT]
+    yield from read(config, files(config) if found is None else found, start)
 
 
 def parse(piece: Piece, text_key: str) -> Iterator[Part]:
@@ -196,7 +207,7 @@ def _text_pieces(config: "DataConfig", found: list[Path], start: Place) -> Itera
             for text, offset, more in cut_stream(stream, first.offset):
                 group.append((text, offset, _name(path)))
                 size += len(text)
-                checksum = zlib.crc32(text, checksum) if path == Path(STDIN) else 0
+                checksum = zlib.crc32(text, checksum) if path == STANDARD_INPUT else 0
                 place = Place(index, offset + len(text), 0, checksum) if more else Place(index + 1)
                 if size >= PIECE:
                     yield Piece("text", group, place, before + _tell(raw))
@@ -217,7 +228,7 @@ def _python_file(path: Path) -> BinaryIO:
 
 
 def _name(path: Path) -> str:
-    return "standard input" if path == Path(STDIN) else str(path)
+    return "standard input" if path == STANDARD_INPUT else str(path)
 
 
 def _tell(raw: BinaryIO) -> int:
@@ -227,7 +238,7 @@ def _tell(raw: BinaryIO) -> int:
 
 def _skip(stream: BinaryIO, place: Place, path: Path) -> None:
     """Go to where an earlier process stopped; what a pipe gives, and what is packed, is read again up to there."""
-    if path != Path(STDIN) and not path.name.lower().endswith((".gz", ".zst")):
+    if path != STANDARD_INPUT and not path.name.lower().endswith((".gz", ".zst")):
         stream.seek(place.offset)
         return
     left, checksum = place.offset, 0
@@ -275,7 +286,7 @@ class _Zstandard(io.RawIOBase):
 @contextmanager
 def _opened(path: Path, convert: Callable[[Path], BinaryIO] | None = None) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """A file, unpacked while it is read, and as it lies on the disk; damage to a packed one is named."""
-    if path == Path(STDIN):
+    if path == STANDARD_INPUT:
         yield sys.stdin.buffer, sys.stdin.buffer
         return
     if convert is not None:
@@ -314,7 +325,7 @@ def _line_pieces(config: "DataConfig", found: list[Path], start: Place) -> Itera
             _skip(stream, place, path)
             while block := stream.read(PIECE):
                 block += stream.readline()
-                checksum = zlib.crc32(block, place.checksum) if path == Path(STDIN) else 0
+                checksum = zlib.crc32(block, place.checksum) if path == STANDARD_INPUT else 0
                 after = Place(index, place.offset + len(block), place.line + block.count(b"\n"), checksum)
                 yield Piece("lines", (block, _name(path), place.line), after, before + _tell(raw))
                 place = after

@@ -425,7 +425,7 @@ def test_memory_does_not_grow_with_the_corpus(here, monkeypatch):
 
 def test_the_meter_tells_speed_and_time_to_come(here):
     write_documents()
-    meter = build.Meter(config(), 1_000_000, 100)
+    meter = build.Meter(build.files(config()), 1_000_000, 100)
     meter.total = 1100
     assert meter.line(5_000_000, 600, 2.0) == "5.0 MB of text, 2.0 MB/s, 54.5% of the source, 0:02 to go"
-    assert build.Meter(config(path="-"), 0, 0).line(3_000_000, 0, 2.0) == "3.0 MB of text, 1.5 MB/s"
+    assert build.Meter(build.files(config(path="-")), 0, 0).line(3_000_000, 0, 2.0) == "3.0 MB of text, 1.5 MB/s"

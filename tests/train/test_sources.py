@@ -87,6 +87,22 @@ def test_bad_text_is_named(here, path, message):
         read("text", path)
 
 
+def test_a_file_is_the_same_by_any_link(here):
+    """To itself, to its folder, and to a folder above; files of one name in two folders are two."""
+    write("up/down/a.txt", "text")
+    write("up/other/a.txt", "text")
+    for link, target in (("file.txt", "up/down/a.txt"), ("folder", "up/down"), ("above", "up")):
+        Path(link).symlink_to(target)
+    assert len(files(config_of(["up"]))) == 2
+    for second in ("file.txt", "folder/a.txt", "above/down"):
+        with pytest.raises(DataError, match=f"which names {second}.* twice; it must name each file once"):
+            files(config_of(["up", second]))
+
+
+def config_of(path: list[str]) -> DataConfig:
+    return DataConfig(source="text", path=path)
+
+
 # -- jsonl ------------------------------------------------------------------------------------------------------------
 
 
