@@ -26,6 +26,7 @@ from ..configs import find_config
 from ..models.config import apply_overrides, load_config, parse_override, validate
 from .corpus import Corpus
 from .data_config import DataConfig
+from .encode import ONE_THREAD
 from .files import STDIN, DataError, kind_of
 from .mixture import MixtureCorpus
 from .prepare import prepare
@@ -164,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (value := getattr(options, key)) is not None and value < 1:
                 raise DataError(f"--{key.replace('_', '-')} was {value}; it must be at least 1")
         config = section(options)
-        if options.jobs == 1:  # in this process, and then by one thread of the tokenizers library, too
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if options.jobs == 1:  # in this process
+            os.environ.update(ONE_THREAD)
         if options.measure:
             return measured(config, options)
         corpus = prepare(config, jobs=options.jobs)

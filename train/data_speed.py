@@ -108,7 +108,7 @@ def report(found: dict[str, Any]) -> str:
 
 def _raw_in_a_process(config: DataConfig, tokenizer: Tokenizer, threads: int) -> tuple[float, float]:
     """(seconds, processor seconds) of raw encoding, in a process whose environment names the number of threads."""
-    parallel = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
+    parallel = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
     environment = {**os.environ, **parallel, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", f"from {__name__} import raw; raw()"]
     order = pickle.dumps((config.model_dump(), tokenizer))

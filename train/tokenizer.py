@@ -117,8 +117,13 @@ class VocabularyTokenizer(Tokenizer):
         content = hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
         self.identity = {"name": name, "sha256": content, "separator": separator}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return VocabularyTokenizer, (self.name, self.backend, self.separator)
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the tensor: a process that tokenises has no torch, and need not find the rest anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "byte_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True  # the library keeps truncation and padding, and not this
 
     def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         strings = [text.decode("utf-8") for text in texts]
