@@ -169,10 +169,11 @@ class Workers:
             pipe = subprocess.PIPE
             worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
             self._all.append(worker)
-            self._idle.put(worker)
+        for worker in self._all:  # each reads it when it has started: only now, so that they start side by side
             assert worker.stdin is not None
             worker.stdin.write(self._setup)
             worker.stdin.flush()
+            self._idle.put(worker)
         return self
 
     def __exit__(self, *_: object) -> None:
