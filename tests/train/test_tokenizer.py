@@ -1,5 +1,6 @@
 """Tokenizers: nothing is lost on the way there and back, and bytes are counted."""
 
+import pickle
 import sys
 
 import pytest
@@ -68,6 +69,16 @@ def test_text_never_makes_a_separator(vocabulary):
     assert vocabulary.separator not in tokens and vocabulary.decode(tokens) == TEXT
     assert len(tokens) < len(TEXT.encode()) / 2
     assert vocabulary.bytes_per_token(torch.tensor([vocabulary.separator])).tolist() == [0.0]
+
+
+def test_another_process_has_the_same_tokenizer(vocabulary):
+    """It is sent what was found, but the tensor, and reads a separator that a text spells out as plain text, too."""
+    counts, table = vocabulary.byte_counts, vocabulary.byte_table
+    there = pickle.loads(pickle.dumps(vocabulary))
+    assert "byte_table" not in there.__dict__ and there.__dict__["byte_counts"].tolist() == counts.tolist()
+    assert torch.equal(there.byte_table, table) and there.identity == vocabulary.identity
+    assert there.vocab_size == vocabulary.vocab_size and there.separator == vocabulary.separator
+    assert there.encode(TEXT) == vocabulary.encode(TEXT) and vocabulary.separator not in there.encode(TEXT)
 
 
 def test_one_by_one_equals_together(vocabulary):
