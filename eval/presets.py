@@ -49,10 +49,15 @@ def names(size: str) -> list[str]:
 
 def path_of(kernels: Sequence[str]) -> str:
     """What a GPU runs a preset's memories and attention with, from the lines of
-    :class:`palimpsest.models.describe.Description`: Triton, or plain torch and what is in the kernels' way."""
+    :class:`palimpsest.models.describe.Description`: Triton, or plain torch and what is in the kernels' way; and GPUs
+    that run plain torch where others have kernels."""
     marked = ": plain torch, for "
     reasons = {line.split(marked)[1].split(";")[0] for line in kernels if line.startswith(MEMORIES) and marked in line}
-    return f"plain torch: {', '.join(sorted(reasons)).replace(' was ', ' ')}" if reasons else "Triton"
+    if reasons:
+        return f"plain torch: {', '.join(sorted(reasons)).replace(' was ', ' ')}"
+    marked = ": Triton, but "
+    others = {line.split(marked)[1] for line in kernels if line.startswith(MEMORIES) and marked in line}
+    return "; ".join(["Triton", *sorted(others)])
 
 
 def speeds(presets: Sequence[str], size: str, rounds: int, steps: int, batch: int, length: int) -> dict[str, float]:

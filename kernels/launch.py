@@ -119,6 +119,9 @@ _forced: dict[str, Config] = {}
 _plan: "list[Launch] | None" = None
 _target: int | None = None
 
+#: What kernels are compiled for and reviewed on; other GPUs go by one of them: :func:`family`.
+ARCHITECTURES = (80, 90, 100)
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -28,10 +28,12 @@ class NotCovered(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """A call of an operation, and why the Triton kernels do not cover it: empty where they do."""
+    """A call of an operation, and why the Triton kernels do not cover it: empty where they do. ``without``: the
+    architectures on which it runs plain torch all the same."""
 
     operation: str
     reason: str
+    without: tuple[int, ...] = ()
 
 
 _watchers: list[list[Choice]] = []
@@ -57,12 +59,17 @@ class Operation:
     cost: Callable[..., Cost]
 
     def choose(
-        self, device: torch.device, requested: str | None = None, unfit: tuple[str, object, str] | None = None
+        self,
+        device: torch.device,
+        requested: str | None = None,
+        unfit: tuple[str, object, str] | None = None,
+        without: tuple[int, ...] = (),
     ) -> Callable[..., Any]:
         """The implementation that runs on ``device``; see :func:`palimpsest.kernels.backend.resolve` for the order.
 
         ``unfit``: why the Triton kernels do not cover this call, as (argument, what it was, what it must). Such a call
-        runs plain torch and says so once, or is refused where ``requested`` names triton.
+        runs plain torch and says so once, or is refused where ``requested`` names triton. ``without``: architectures
+        where a call like this one is not covered, though it may be here; for those that watch.
 
         Raises:
             ValueError: naming the ``backend``; :class:`NotCovered`, the argument that the kernels do not cover.
@@ -70,7 +77,7 @@ class Operation:
         name = backends.resolve(self.name, self.implementations, device, requested)
         reason = "" if unfit is None else f"{unfit[0]} was {unfit[1]}; it must {unfit[2]}"
         for calls in _watchers:
-            calls.append(Choice(self.name, reason))
+            calls.append(Choice(self.name, reason, without))
         if name == "triton" and reason:
             if requested == name:
                 raise NotCovered(f"{reason} for backend 'triton' of {self.name}")

@@ -142,6 +142,8 @@ def _paths(calls: Sequence[Choice]) -> Iterator[str]:
     """A line for each operation and path."""
     for choice, times in Counter(calls).items():
         path = f"plain torch, for {choice.reason}" if choice.reason else "Triton"
+        if choice.without and not choice.reason:
+            path += f", but plain torch on {' and '.join(f'sm_{arch}' for arch in choice.without)}"
         yield f"{choice.operation} × {times}: {path}"
 
 

@@ -20,7 +20,7 @@ from .. import check
 from ..op import register
 from . import networks, reference
 from .cost import cost
-from .coverage import uncovered
+from .coverage import spilling_on, uncovered
 from .operator import neural_memory_op
 from .spec import LAYER_NORM_EPS, MemorySpec
 from .state import fresh_state, halo_shapes, state_names
@@ -81,7 +81,9 @@ def neural_memory(
     """
     gates = {"step": step, "log_retain": log_retain, "log_momentum": log_momentum, "gamma": gamma, "delta": delta}
     _check(q, k, v, gates, weights, spec, norm, state, cu_seqlens)
-    run = OPERATION.choose(q.device, backend, uncovered(q.dtype, q.shape[-1], v.shape[-1], spec))
+    width = q.shape[-1]
+    unfit = uncovered(q.dtype, width, v.shape[-1], spec)
+    run = OPERATION.choose(q.device, backend, unfit, spilling_on(width, spec))
     o, final = run(
         q,
         k,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..launch import architecture
+from ..launch import ARCHITECTURES, architecture
 from .slots import tile_of, widest_window
 from .spec import MemorySpec
 
@@ -24,22 +24,31 @@ def listed(values: tuple[object, ...]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def spilling(width: int, spec: MemorySpec) -> tuple[str, object, str] | None:
-    """Why a call has no kernels on the GPU at hand though others have, as :func:`uncovered`: all configurations that
-    were tried have spills there (docs/neural_memory.md)."""
-    fit: tuple[int, ...]
+def fitting(width: int, spec: MemorySpec) -> tuple[tuple[int, ...], str]:
+    """The architectures whose registers hold a memory's kernels, and what of it is too much for the others: there all
+    configurations that were tried have spills (docs/neural_memory.md)."""
     if spec.layers > 1 and spec.orthogonal and width > 64:
-        fit, what = (90,), f"rule {spec.rule} and heads of {width}"
-    elif spec.layers == 3 and spec.orthogonal:
-        fit, what = (90, 100), f"rule {spec.rule} and network {spec.network}"
-    elif spec.layers > 1 and spec.orthogonal and spec.window > 1:
-        fit, what = (90, 100), f"rule {spec.rule} and a window"
-    elif spec.layers > 1 and spec.retention == "kl" and width > 64:
-        fit, what = (90, 100), f"retention kl and heads of {width}"
-    else:
-        return None
+        return (90,), f"rule {spec.rule} and heads of {width}"
+    if spec.layers == 3 and spec.orthogonal:
+        return (90, 100), f"rule {spec.rule} and network {spec.network}"
+    if spec.layers > 1 and spec.orthogonal and spec.window > 1:
+        return (90, 100), f"rule {spec.rule} and a window"
+    if spec.layers > 1 and spec.retention == "kl" and width > 64:
+        return (90, 100), f"retention kl and heads of {width}"
+    return ARCHITECTURES, ""
+
+
+def spilling_on(width: int, spec: MemorySpec) -> tuple[int, ...]:
+    """The architectures on which a memory that there are kernels for runs plain torch."""
+    fit, _ = fitting(width, spec)
+    return tuple(arch for arch in ARCHITECTURES if arch not in fit)
+
+
+def spilling(width: int, spec: MemorySpec) -> tuple[str, object, str] | None:
+    """Why a call has no kernels on the GPU at hand though others have, as :func:`uncovered`."""
+    fit, what = fitting(width, spec)
     arch = architecture()
-    if arch is None or arch in fit:
+    if arch is None or arch in fit or not what:
         return None
     return "GPU", f"sm_{arch}", f"be {' or '.join(f'sm_{a}' for a in fit)} with {what}, whose registers spill"
 

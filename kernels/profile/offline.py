@@ -26,11 +26,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..launch import VARIABLE, Config, Kernel, Launch, interpreted
+from ..launch import ARCHITECTURES, VARIABLE, Config, Kernel, Launch, interpreted
 from . import sass
 from .gpus import MULTIPROCESSORS, occupancy
 
-ARCHES = (80, 90, 100)
+ARCHES = ARCHITECTURES
 BATCH = 32  # kernels whose machine code is read at a time
 
 

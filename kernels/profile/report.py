@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Launch, planning
+from ..launch import Launch, family, planning, targeting
 from ..op import Cost
 from .draw import BITS, Draw
 from .gpus import GPUS, Gpu, find_gpu
@@ -44,11 +44,11 @@ def launched_bytes(launches: Sequence[Launch]) -> int:
 
 
 def plan_passes(
-    workload: Workload, sizes: dict[str, int], dtype: torch.dtype
+    workload: Workload, sizes: dict[str, int], dtype: torch.dtype, gpu: Gpu
 ) -> tuple[list[Launch], list[Launch], str]:
-    """What forward and backward launch, and why there is no Triton path where there is none."""
+    """What forward and backward launch on a GPU, and why there is no Triton path where there is none."""
     arguments = leaves(workload.arguments(Draw(dtype, empty=True), sizes))
-    with planning() as launches, torch.enable_grad():
+    with planning() as launches, targeting(family(*divmod(gpu.arch, 10))), torch.enable_grad():
         try:
             output = workload.run(arguments, "triton")
         except ValueError as error:
@@ -97,7 +97,7 @@ def make_report(
 ) -> dict[str, Any]:
     """The whole report as plain values; seconds, bytes and FLOPs."""
     planned = [(w, {**w.sizes, **{k: v for k, v in sizes.items() if k in w.sizes}}) for w in workloads]
-    passes = [plan_passes(workload, own, dtype) for workload, own in planned]
+    passes = [plan_passes(workload, own, dtype, gpu) for workload, own in planned]
     every = [launch for forward, backward, _ in passes for launch in (*forward, *backward)]
     compiled = compile_all([specialise_launch(launch, gpu.arch) for launch in every], workers)
     rows = []

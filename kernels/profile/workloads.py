@@ -277,6 +277,7 @@ def _memories() -> list[Workload]:
         "mlp_norm_c64": MemorySpec(retention="norm"),
         "mlp_window4_c64": MemorySpec(window=4),
         "mlp_muon_c64": MemorySpec(rule="muon"),
+        "mlp_muon_window4_c64": MemorySpec(rule="muon", window=4),
         "gated_mlp_c64": MemorySpec(network="gated_mlp"),
         "mlp_depth3_c64": MemorySpec(depth=3),
         "mlp_channel_c64": MemorySpec(gates="channel"),

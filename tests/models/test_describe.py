@@ -104,3 +104,8 @@ def test_what_a_gpu_would_run_is_told() -> None:
     assert "neural_memory × 2: plain torch, for depth was 3; it must be 1 or 2" in found.kernels
     assert "short_conv × 2: Triton" in found.kernels and "\non a GPU\n" in found.text()
     assert "neural_memory × 2: Triton" in describe.describe(content, **{"train.seq_len": 8}).kernels
+    found = describe.describe(content, **{"train.seq_len": 8, "model.mixer.memory.rule": "muon"})
+    assert "neural_memory × 2: Triton" in found.kernels
+    window = {"model.mixer.memory.rule": "muon", "model.mixer.memory.window": 2}
+    found = describe.describe(content, **{"train.seq_len": 8, **window})
+    assert "neural_memory × 2: Triton, but plain torch on sm_80" in found.kernels

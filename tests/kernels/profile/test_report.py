@@ -14,7 +14,7 @@ from harness import error
 from palimpsest.kernels.op import OPERATIONS
 from palimpsest.kernels.profile import html, report
 from palimpsest.kernels.profile.draw import Draw
-from palimpsest.kernels.profile.gpus import GPUS
+from palimpsest.kernels.profile.gpus import GPUS, find_gpu
 from palimpsest.kernels.profile.plans import launches_of
 from palimpsest.kernels.profile.sizes import parse_sizes, parse_sweep
 from palimpsest.kernels.profile.workloads import WORKLOADS, floats, moved, selected
@@ -75,8 +75,19 @@ def test_numbers_are_scaled() -> None:
 def test_what_has_no_triton_path_is_said() -> None:
     """float64 has none anywhere."""
     workload = WORKLOADS["short_conv/k4_silu"]
-    forward, backward, reason = report.plan_passes(workload, dict(workload.check), torch.float64)
+    forward, backward, reason = report.plan_passes(workload, dict(workload.check), torch.float64, find_gpu("H200"))
     assert forward == backward == [] and "float64" in reason
+
+
+def test_a_plan_is_for_its_gpu() -> None:
+    """Kernels that spill on one have none there; with fewer warps on another they have those."""
+    workload = WORKLOADS["neural_memory/mlp_muon_window4_c64"]
+    plans = {name: report.plan_passes(workload, workload.sizes, torch.bfloat16, find_gpu(name)) for name in GPUS}
+    for name in ("A100", "RTX4090"):
+        assert plans[name] == ([], [], plans[name][2]) and plans[name][2].startswith("GPU was sm_80; it must be sm_90")
+    launched = {name: {launch.kernel.name: str(launch.config) for launch in plans[name][1]} for name in GPUS}
+    assert launched["H100"] == launched["H200"] != launched["B200"]
+    assert launched["B200"]["neural_memory_carry"] == "BF=16 ROWS=64 warps=4 stages=1"
 
 
 @pytest.fixture(scope="module")
